@@ -1,0 +1,50 @@
+"""Training-data attribution in JAX: which training examples made this model behave like this."""
+
+from importlib.metadata import version as _version
+
+from jax import __version__ as _jax
+
+from ._jax_version import require_supported_jax as _require_supported_jax
+
+_require_supported_jax(_jax)
+
+from .adapters import from_linen as from_linen, from_nnx as from_nnx
+from .batching import Batch as Batch
+from .curvature import (
+    GGN as GGN,
+    Diagonal as Diagonal,
+    EmpiricalFisher as EmpiricalFisher,
+    Hessian as Hessian,
+    Identity as Identity,
+    LinearOperator as LinearOperator,
+    LowRank as LowRank,
+    diagonal as diagonal,
+    minibatch as minibatch,
+    restrict as restrict,
+    root as root,
+    spectral as spectral,
+    sums as sums,
+    to_dense as to_dense,
+    trace as trace,
+)
+from .gradients import (
+    jacobian_product as jacobian_product,
+    mixed_grads as mixed_grads,
+    mixed_product as mixed_product,
+    per_example_grads as per_example_grads,
+)
+from .influence import Influence as Influence, InfluenceMode as InfluenceMode, TopK as TopK
+from .objective import Objective as Objective
+from .solvers import (
+    CG as CG,
+    Direct as Direct,
+    Eigh as Eigh,
+    Info as Info,
+    Inverse as Inverse,
+    RelativeDamping as RelativeDamping,
+    Solver as Solver,
+    invert as invert,
+)
+from .tree import flatten as flatten, unflatten as unflatten
+
+__version__ = _version("influence-jax")

@@ -1,0 +1,13 @@
+"""Type aliases shared by the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+
+PyTree: TypeAlias = Any
+Array: TypeAlias = jax.Array
+Key: TypeAlias = jax.Array
+LossFunction: TypeAlias = Callable[[PyTree, PyTree], Array]

@@ -1,0 +1,176 @@
+"""Objectives from flax modules, linen and nnx; flax is imported only when an adapter is called."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._typing import Array, PyTree
+from .objective import Objective, get_field
+
+_NOT_FOR_FLAX_APPLY = {
+    "rngs": "a per-example loss has to be deterministic",
+    "mutable": "a per-example loss must not update state",
+}
+
+
+def from_linen(
+    module: Any,
+    variables: Mapping[str, PyTree],
+    loss: Callable[[PyTree, PyTree], Array],
+    *,
+    input: str | int = "x",
+    batched: bool = True,
+    method: str | None = None,
+    **apply_kwargs: Any,
+) -> tuple[Objective, PyTree]:
+    """Objective and parameters of a `flax.linen` module in evaluation mode.
+
+    Two calls on equal modules give equal objectives, so a jitted program compiles once.
+
+    Args:
+      module: The unbound module.
+      variables: What `module.init` returned or training left: `"params"` is differentiated, every other collection
+        (batch statistics, ...) becomes the objective's constants.
+      loss: `loss(output, example) -> scalar` for one example.
+      input: Which part of the example the module is called with: key, attribute or tuple index.
+      batched: Whether the module expects a batch axis; if so it is called on a batch of one.
+      method: Name of the module's method, `__call__` if None.
+      **apply_kwargs: Python values passed to every call, e.g. `train=False` or `deterministic=True`.
+
+    Returns:
+      `(objective, params)`.
+
+    Raises:
+      ValueError: If there are no `"params"`, or, on a call, if dropout or batch norm runs in training mode.
+      TypeError: If `rngs`, `mutable` or an array is passed as a keyword.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> net = nn.Dense(2)
+      >>> variables = net.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> objective, params = from_linen(net, variables, lambda out, z: jnp.sum((out - z["y"]) ** 2))
+      >>> objective(params, {"x": jnp.ones(3), "y": jnp.zeros(2)}).shape
+      ()
+    """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = list(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f"variables: got {got}, expected a dict with 'params', as module.init returns; wrap bare params"
+        )
+    for name, value in apply_kwargs.items():
+        if name in _NOT_FOR_FLAX_APPLY:
+            raise TypeError(f"{name}: not accepted, {_NOT_FOR_FLAX_APPLY[name]}; use the module's evaluation mode")
+        if isinstance(value, jax.Array):
+            raise TypeError(
+                f"{name}: got an array, expected a Python value; make arrays part of the example or variables"
+            )
+    constants = {name: value for name, value in variables.items() if name != "params"}
+    keywords = tuple(sorted(apply_kwargs.items()))
+    predict = _LinenPredict(module, input, batched, method, keywords)
+    return Objective(predict, loss, constants=constants or None), variables["params"]
+
+
+def from_nnx(
+    model: Any, loss: Callable[[PyTree, PyTree], Array], *, input: str | int = "x", batched: bool = True
+) -> tuple[Objective, PyTree]:
+    """Objective and parameters of a `flax.nnx` module in evaluation mode.
+
+    Args:
+      model: The module, after `model.eval()`.
+      loss: `loss(output, example) -> scalar` for one example.
+      input: Which part of the example the module is called with: key, attribute or tuple index.
+      batched: Whether the module expects a batch axis; if so it is called on a batch of one.
+
+    Returns:
+      `(objective, params)`; `params` is the `nnx.State` of all `nnx.Param`, everything else is constant.
+
+    Raises:
+      ValueError: If the model has dropout or batch norm in training mode, or no parameters.
+
+    Example:
+      >>> from flax import nnx
+      >>> net = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> objective, params = from_nnx(net, lambda out, z: jnp.sum((out - z["y"]) ** 2))
+      >>> objective(params, {"x": jnp.ones(3), "y": jnp.zeros(2)}).shape
+      ()
+    """
+    from flax import nnx
+
+    for path, module in nnx.iter_graph(model):
+        training = getattr(module, "deterministic", None) is False and getattr(module, "rate", 1.0) != 0.0
+        if isinstance(module, nnx.Module) and (training or getattr(module, "use_running_average", None) is False):
+            where = "/".join(map(str, path)) or "the model itself"
+            raise ValueError(
+                f"model: {where} ({type(module).__name__}) is in training mode, where the loss of one example is random "
+                "or depends on its batch; call model.eval() first"
+            )
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError("model: has no nnx.Param, so there is nothing to differentiate")
+    return Objective(_NnxPredict(graph, input, batched), loss, constants=rest), params
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenPredict:
+    """`module.apply` on one example, equal for equal modules."""
+
+    module: Any
+    input: str | int
+    batched: bool
+    method: str | None
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __hash__(self) -> int:
+        # Modules with list attributes (nn.Sequential) compare by value but do not hash; equal ones share a type.
+        return hash(
+            (type(self.module), self.input, self.batched, self.method, tuple(name for name, _ in self.keywords))
+        )
+
+    def __call__(self, params: PyTree, example: PyTree, constants: PyTree = None) -> PyTree:
+        from flax import errors
+
+        def apply(inputs: PyTree) -> PyTree:
+            try:
+                variables = {"params": params, **(constants or {})}
+                return self.module.apply(variables, inputs, method=self.method, **dict(self.keywords))
+            except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
+                raise ValueError(
+                    f"module: {type(self.module).__name__} runs dropout or batch norm in training mode, where the loss of "
+                    "one example is random or depends on its batch; pass the module's evaluation flag to from_linen, "
+                    f"e.g. train=False, deterministic=True or use_running_average=True (flax said: {error})"
+                ) from None
+
+        return _on_batch_of_one(apply, get_field(example, self.input, "input"), self.batched)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxPredict:
+    """A merged nnx module on one example, equal for equal graph definitions."""
+
+    graph: Any
+    input: str | int
+    batched: bool
+
+    def __call__(self, params: PyTree, example: PyTree, constants: PyTree) -> PyTree:
+        from flax import nnx
+
+        model = nnx.merge(self.graph, params, constants)
+        return _on_batch_of_one(model, get_field(example, self.input, "input"), self.batched)
+
+
+def _on_batch_of_one(apply: Callable[[PyTree], PyTree], inputs: PyTree, batched: bool) -> PyTree:
+    if not batched:
+        return apply(inputs)
+    outputs = apply(jax.tree.map(lambda x: jnp.asarray(x)[None], inputs))
+    for leaf in jax.tree.leaves(outputs):
+        if jnp.ndim(leaf) == 0 or leaf.shape[0] != 1:
+            raise ValueError(
+                f"module: called on a batch of one it returned shape {jnp.shape(leaf)}, expected a leading axis of length "
+                "1; pass batched=False if the module takes one example"
+            )
+    return jax.tree.map(lambda x: x[0], outputs)

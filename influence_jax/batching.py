@@ -1,0 +1,233 @@
+"""Batches, and the only place that splits one.
+
+A batch is any pytree whose leaves share a leading example axis.  It is folded column-major: example `i` of `N` lands in
+chunk `i % M` of `M`, so that data sharded over examples stays sharded within every chunk.  The tail is padded with a
+copy of the last example and given weight zero, so a ragged batch neither compiles a second program nor changes a sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax import lax
+
+from . import tree
+from ._pytree import dataclass
+from ._typing import Array, PyTree
+
+Carry = TypeVar("Carry")
+
+DEFAULT_CHUNK = 512
+# Entries of a chunk's largest intermediate beyond which a default chunk shrinks: 128 MiB of float32.
+CHUNK_BUDGET = 2**25
+
+
+@dataclass
+class Batch:
+    """Inputs and labels that share a leading example axis.
+
+    Args:
+      x: Inputs, leaves `(N, ...)`; any pytree.
+      y: Labels, leaves `(N, ...)`; any pytree, or None.
+
+    Raises:
+      ValueError: If the leaves disagree in length, or there are no examples.
+
+    Example:
+      >>> batch = Batch(np.ones((8, 2), np.float32), np.zeros(8, np.int32))
+      >>> len(batch)
+      8
+    """
+
+    x: PyTree
+    y: PyTree = None
+
+    def __post_init__(self) -> None:
+        batch_size({"x": self.x, "y": self.y}, "Batch")
+
+    def __len__(self) -> int:
+        return batch_size(self, "Batch")
+
+    def __repr__(self) -> str:
+        return f"Batch({describe(self.x)}, {describe(self.y)})"
+
+
+def describe(data: PyTree) -> Any:
+    """Shapes and dtypes of the leaves, for messages and reprs."""
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", data)
+
+
+def batch_size(batch: PyTree, name: str) -> int:
+    """Number of examples, after checking that all leaves agree on it.
+
+    Raises:
+      TypeError: If a leaf is not an array, e.g. a loader was passed.
+      ValueError: If the batch is empty, or its leaves disagree in length.
+    """
+    leaves = tree.named_leaves(batch)
+    if not leaves:
+        raise ValueError(f"{name}: got a tree without arrays, expected leaves with a leading example axis")
+    for path, leaf in leaves:
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"{name}: leaf '{path}' is a {type(leaf).__name__}, expected an array with a leading example axis; "
+                "turn lists into arrays with numpy.asarray, and gather a loader's batches into one batch first, e.g. "
+                "jax.tree.map(lambda *parts: numpy.concatenate(parts), *loader)"
+            )
+        if len(leaf.shape) == 0:
+            raise ValueError(f"{name}: leaf '{path}' is a scalar, expected a leading example axis; use x[None] for one")
+    lengths = {path: leaf.shape[0] for path, leaf in leaves}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{name}: leaves disagree in length, got {lengths}; all need the same leading example axis")
+    (count,) = set(lengths.values())
+    if count == 0:
+        raise ValueError(f"{name}: got no examples (leading axis of length 0), expected at least one")
+    return count
+
+
+def as_batch(batch: PyTree, name: str) -> PyTree:
+    """Check a batch and turn its leaves into JAX arrays.
+
+    Raises:
+      TypeError: If a leaf is not an array of numbers, or is float64 while 64-bit mode is off.
+      ValueError: As `batch_size`.
+    """
+    batch_size(batch, name)
+    for path, leaf in tree.named_leaves(batch):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
+            raise TypeError(
+                f"{name}: leaf '{path}' has dtype {leaf.dtype}, expected numbers or booleans; encode it first"
+            )
+        if tree.is_float64_lost(leaf):
+            raise TypeError(
+                f"{name}: leaf '{path}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast it with "
+                ".astype(numpy.float32) or run under jax.enable_x64(True)"
+            )
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def check_chunk(chunk: int | None, name: str = "chunk") -> None:
+    """Raise unless `chunk` is None or a positive int."""
+    if chunk is None:
+        return
+    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer):
+        raise TypeError(f"{name}: got {chunk!r}, expected a positive int or None")
+    if chunk < 1:
+        raise ValueError(f"{name}: got {chunk}, expected a positive int or None")
+
+
+def chunk_for(entries_per_example: int) -> int:
+    """The default chunk when every example makes an intermediate of that many entries."""
+    return max(1, min(DEFAULT_CHUNK, CHUNK_BUDGET // max(1, entries_per_example)))
+
+
+def rhs_chunk_or_default(rhs_chunk: int | None) -> int:
+    """How many right-hand sides to multiply at once: one on CPU, where a loop is faster than vmap, else 32."""
+    if rhs_chunk is not None:
+        return rhs_chunk
+    return 1 if jax.default_backend() == "cpu" else 32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fold:
+    """How `count` examples are laid out as `chunks` equal chunks of `length`."""
+
+    count: int
+    chunks: int
+    length: int
+
+    def split(self, batch: PyTree) -> PyTree:
+        """Leaves `(N, ...)` to `(chunks, length, ...)`, padded with the last example."""
+
+        def leaf_split(x: Array) -> Array:
+            padding = self.chunks * self.length - self.count
+            if padding:
+                x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (padding, *x.shape[1:]))])
+            return rearrange(x, "(length chunks) ... -> chunks length ...", chunks=self.chunks)
+
+        return jax.tree.map(leaf_split, batch)
+
+    def join(self, folded: PyTree) -> PyTree:
+        """Leaves `(chunks, length, ...)` back to `(N, ...)`."""
+        return jax.tree.map(lambda x: rearrange(x, "chunks length ... -> (length chunks) ...")[: self.count], folded)
+
+    def indices(self) -> Array:
+        """Index of the example at each place, `(chunks, length)`; padding has indices `>= count`."""
+        places = jnp.arange(self.chunks * self.length, dtype=jnp.int32)
+        return rearrange(places, "(length chunks) -> chunks length", chunks=self.chunks)
+
+
+def _fold(count: int, chunk: int | None) -> _Fold:
+    chunks = -(-count // min(chunk or DEFAULT_CHUNK, count))
+    return _Fold(count, chunks, -(-count // chunks))
+
+
+def scan_chunks(
+    step: Callable[[Carry, PyTree, Array], Carry], carry: Carry, batch: PyTree, *, chunk: int | None = None
+) -> Carry:
+    """Fold `carry = step(carry, chunk_of_batch, indices)` over the chunks of a batch.
+
+    `indices` `(length,)` are the examples' places in the batch; those `>= N` are padding.
+    """
+    fold = _fold(jax.tree.leaves(batch)[0].shape[0], chunk)
+    if fold.chunks == 1:
+        return step(carry, batch, jnp.arange(fold.count, dtype=jnp.int32))
+    return lax.scan(lambda c, xs: (step(c, *xs), None), carry, (fold.split(batch), fold.indices()))[0]
+
+
+def sum_over(
+    fn: Callable[[PyTree, Array], PyTree],
+    batch: PyTree,
+    weights: Array | None = None,
+    *,
+    chunk: int | None = None,
+    dtype: np.dtype | None = None,
+) -> tuple[PyTree, Array]:
+    """Weighted sum over a batch, and the sum of the weights, both undivided.
+
+    Args:
+      fn: `fn(chunk_of_batch, chunk_weights) -> tree`, the weighted sum over that chunk.
+      batch: Leaves `(N, ...)`.
+      weights: `(N,)`, ones if None.
+      chunk: Examples per chunk; at most 512 if None.
+      dtype: Dtype of the weights, float32 if None.
+
+    Returns:
+      The tree summed in at least float32, and `sum(weights)`.
+    """
+    count = jax.tree.leaves(batch)[0].shape[0]
+    weights = jnp.ones(count, dtype or jnp.float32) if weights is None else weights.astype(dtype or weights.dtype)
+
+    def step(carry: PyTree, part: PyTree, indices: Array) -> PyTree:
+        batch_part, weight_part = part
+        masked = jnp.where(indices < count, weight_part, jnp.zeros_like(weight_part))
+        return jax.tree.map(lambda acc, x: acc + x.astype(acc.dtype), carry, fn(batch_part, masked))
+
+    zero = tree.zeros_like(tree.promote_shapes(jax.eval_shape(fn, batch, weights)))
+    return scan_chunks(step, zero, (batch, weights), chunk=chunk), jnp.sum(weights)
+
+
+def map_chunks(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | None = None) -> PyTree:
+    """Apply `fn` to chunks, leaves `(length, ...)` to leaves `(length, ...)`, and concatenate in order."""
+    fold = _fold(jax.tree.leaves(batch)[0].shape[0], chunk)
+    if fold.chunks == 1:
+        return fn(batch)
+    return fold.join(lax.map(fn, fold.split(batch)))
+
+
+def map_over(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | None = None) -> PyTree:
+    """Apply `fn` to every example, vectorised within a chunk and sequential over chunks."""
+    if chunk == 1:
+        return lax.map(fn, batch)
+    return map_chunks(jax.vmap(fn), batch, chunk=chunk)
+
+
+def take(batch: PyTree, indices: Array) -> PyTree:
+    """The examples at `indices`."""
+    return jax.tree.map(lambda x: jnp.take(x, indices, axis=0), batch)

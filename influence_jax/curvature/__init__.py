@@ -1,0 +1,20 @@
+"""Curvature as linear operators on parameter-shaped trees."""
+
+from . import per_example as per_example
+from .capabilities import (
+    Restricted as Restricted,
+    Root as Root,
+    Spectral as Spectral,
+    Unsupported as Unsupported,
+    diagonal as diagonal,
+    minibatch as minibatch,
+    restrict as restrict,
+    root as root,
+    spectral as spectral,
+    sums as sums,
+    to_dense as to_dense,
+    trace as trace,
+)
+from .exact import GGN as GGN, EmpiricalFisher as EmpiricalFisher, Hessian as Hessian
+from .operator import LinearOperator as LinearOperator, Scaled as Scaled, Sum as Sum
+from .structured import Diagonal as Diagonal, Identity as Identity, LowRank as LowRank

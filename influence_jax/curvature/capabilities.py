@@ -1,0 +1,372 @@
+"""What can be asked of an operator beyond products.
+
+Each is a `functools.singledispatch` function with a fallback; register yours for a new operator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import blocks, tree
+from .._pytree import dataclass, static
+from .._typing import Array, Key, PyTree
+from ..batching import map_over, rhs_chunk_or_default
+from .operator import LinearOperator, Scaled, Sum
+
+# Up to this many parameters a trace without closed form is summed exactly, one product per parameter.
+EXACT_TRACE_SIZE = 4096
+TRACE_PROBES = 64
+
+
+class Root(NamedTuple):
+    r"""A factorisation $A = \sum_i \omega_i R_i^\top R_i$ over examples, with $\sum_i \omega_i = 1$.
+
+    Attributes:
+      apply: Vector to `(N, C)`, row i is $R_i v$.
+      transpose: `(N, C)` to vector, $\sum_i R_i^\top u_i$.
+      weights: $\omega$, `(N,)`.
+    """
+
+    apply: Callable[[PyTree], Array]
+    transpose: Callable[[Array], PyTree]
+    weights: Array
+
+
+class Spectral(NamedTuple):
+    r"""An eigendecomposition in closed form, $A = B^{-1} \mathrm{diag}(d) B$ with $B$ orthogonal.
+
+    Attributes:
+      to_basis: Stack to coordinates, a pytree of arrays with leading axis K.
+      from_basis: Coordinates back to a stack.
+      values: Eigenvalues, a pytree that broadcasts against the coordinates of one vector.
+    """
+
+    to_basis: Callable[[PyTree], PyTree]
+    from_basis: Callable[[PyTree], PyTree]
+    values: PyTree
+
+
+class Unsupported(TypeError):
+    """An operator was asked for something it does not have."""
+
+
+def _unsupported(function: Any, op: Any, asked_by: str) -> Unsupported:
+    if not isinstance(op, LinearOperator):
+        return Unsupported(f"op: got a {type(op).__name__}, expected a LinearOperator")
+    known = sorted(cls.__name__ for cls in function.registry if cls is not object)
+    return Unsupported(
+        f"op: {type(op).__name__} has no {function.__name__}, which {asked_by} asks for; operators that have: {known}"
+    )
+
+
+@singledispatch
+def minibatch(op: LinearOperator, indices: Array) -> LinearOperator:
+    """The same operator on the examples at `indices`, unbiased for `op` when they are drawn uniformly.
+
+    An operator without data returns itself.
+
+    Args:
+      op: Operator over N examples.
+      indices: Integers `(B,)` in `[0, N)`.
+
+    Returns:
+      An operator of the same class.
+
+    Raises:
+      TypeError: If the operator is unknown or the indices are not integers.
+      ValueError: If an index is out of range.
+
+    Example:
+      >>> minibatch(Identity({"w": jnp.ones(2)}), jnp.array([0])).size
+      2
+    """
+    raise _unsupported(minibatch, op, "LiSSA")
+
+
+@singledispatch
+def root(op: LinearOperator) -> Root:
+    r"""The factorisation $A = \sum_i \omega_i R_i^\top R_i$ of a mean over examples.
+
+    Empirical Fisher: $R_i = \nabla\ell_i^\top$, C = 1.  GGN: $R_i = L_i^\top J_i$ with
+    $L_iL_i^\top = \nabla^2_{out}\ell_i$, C outputs; rows of examples whose loss is not convex in the output are NaN.
+
+    Raises:
+      TypeError: If the operator has none.
+
+    Example:
+      >>> root(2.0 * Identity({"w": jnp.ones(2)}))
+      Traceback (most recent call last):
+      ...
+      influence_jax.curvature.capabilities.Unsupported: op: Identity has no root, ...
+    """
+    raise _unsupported(root, op, "the sample-space or harmonic-mean solver")
+
+
+@singledispatch
+def spectral(op: LinearOperator) -> Spectral:
+    """The eigendecomposition, where there is one in closed form.
+
+    Raises:
+      TypeError: If there is none.
+
+    Example:
+      >>> spectral(Identity({"w": jnp.ones(2)})).values["w"].tolist()
+      1.0
+    """
+    raise _unsupported(spectral, op, "a closed-form solve")
+
+
+@singledispatch
+def sums(op: LinearOperator, V: PyTree) -> tuple[PyTree, Array]:
+    r"""Products with a stack before dividing: $\sum_i w_i C_i v_k$ and $\sum_i w_i$.
+
+    What is added up over batches that are not in memory at once.
+
+    Args:
+      op: Weighted mean over examples.
+      V: Leaves `(K, *leaf)`.
+
+    Returns:
+      The summed products, in at least float32, and the total weight.
+
+    Raises:
+      TypeError: If the operator is not a mean over examples.
+    """
+    raise _unsupported(sums, op, "accumulation over batches")
+
+
+@singledispatch
+def restrict(op: LinearOperator, block: Sequence[str]) -> LinearOperator:
+    """The diagonal block of an operator on some of the parameters.
+
+    Operators over data stay in their own class and cost what the block costs.
+
+    Args:
+      op: Operator on the whole space.
+      block: Leaf names, e.g. `("head/bias", "head/kernel")`.
+
+    Returns:
+      An operator on flat dicts `{name: leaf}`.
+
+    Raises:
+      ValueError: If a name does not exist, or none is given.
+
+    Example:
+      >>> op = restrict(Identity({"a": {"w": jnp.ones(2)}, "b": jnp.ones(3)}), ("a/w",))
+      >>> op.size
+      2
+    """
+    if not isinstance(op, LinearOperator):
+        raise _unsupported(restrict, op, "a block-wise solve")
+    return Restricted(op, blocks.as_block(block, op.space))
+
+
+@singledispatch
+def to_dense(op: LinearOperator) -> Array:
+    """The matrix of an operator, `(P, P)`, rows and columns in the order of `flatten`.
+
+    Memory is P²; the products are taken in at least float32.
+
+    Example:
+      >>> to_dense(Identity({"w": jnp.ones(2)})).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return symmetric(dense_by_products(_checked(op)))
+
+
+@singledispatch
+def diagonal(op: LinearOperator) -> PyTree:
+    """The diagonal of an operator, a tree shaped like the parameters; one product per parameter without closed form.
+
+    Example:
+      >>> diagonal(3.0 * Identity({"w": jnp.ones(2)}))["w"].tolist()
+      [3.0, 3.0]
+    """
+    return tree.unflatten(diagonal_by_products(_checked(op)), op.space)
+
+
+@singledispatch
+def trace(op: LinearOperator, *, key: Key | None = None) -> Array:
+    r"""The trace of an operator.
+
+    Exact where there is a closed form or a factor per example, and up to 4096 parameters; else Hutchinson's estimate
+    $\frac1{64}\sum_s z_s^\top A z_s$ with Rademacher $z_s$.
+
+    Args:
+      op: The operator.
+      key: Needed for the estimate only.
+
+    Returns:
+      Scalar, float32 or wider.
+
+    Raises:
+      ValueError: If an estimate is needed and no key is given.
+
+    Example:
+      >>> float(trace(3.0 * Identity({"w": jnp.ones(2)})))
+      6.0
+    """
+    return trace_by_products(_checked(op), key)
+
+
+def trace_by_products(op: LinearOperator, key: Key | None) -> Array:
+    """Exact up to `EXACT_TRACE_SIZE` parameters, else estimated with a key."""
+    if op.size <= EXACT_TRACE_SIZE:
+        return jnp.sum(diagonal_by_products(op))
+    if key is None:
+        raise ValueError(
+            f"key: None, but the trace of {op!r} has to be estimated (more than {EXACT_TRACE_SIZE} parameters and no "
+            "closed form; a RelativeDamping asks for it); pass key=jax.random.key(0), e.g. to invert"
+        )
+    return _hutchinson_trace(op, key)
+
+
+def _checked(op: Any) -> LinearOperator:
+    if not isinstance(op, LinearOperator):
+        raise Unsupported(f"op: got a {type(op).__name__}, expected a LinearOperator")
+    return op
+
+
+def wide_dtype(space: PyTree) -> np.dtype:
+    """The dtype of flat vectors and dense matrices on a space."""
+    return tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(space)))
+
+
+def symmetric(matrix: Array) -> Array:
+    """The symmetric part, which removes what rounding broke."""
+    return 0.5 * (matrix + matrix.T)
+
+
+@jax.jit
+def dense_by_products(op: LinearOperator) -> Array:
+    """One product per column."""
+
+    def column(index: Array) -> Array:
+        return tree.flatten(op.mv(tree.basis_vector(index, op.space, wide_dtype(op.space))), op.space)
+
+    return map_over(column, jnp.arange(op.size), chunk=rhs_chunk_or_default(op.rhs_chunk))
+
+
+@jax.jit
+def diagonal_by_products(op: LinearOperator) -> Array:
+    """One product per entry, flat."""
+
+    def entry(index: Array) -> Array:
+        vector = tree.basis_vector(index, op.space, wide_dtype(op.space))
+        return tree.dot(vector, op.mv(vector))
+
+    return map_over(entry, jnp.arange(op.size), chunk=rhs_chunk_or_default(op.rhs_chunk))
+
+
+@jax.jit
+def _hutchinson_trace(op: LinearOperator, key: Key) -> Array:
+    def quadratic(probe_key: Key) -> Array:
+        signs = jax.random.rademacher(probe_key, (op.size,), wide_dtype(op.space))
+        probe = tree.unflatten(signs, op.space)
+        return tree.dot(probe, op.mv(probe))
+
+    keys = jax.random.split(key, TRACE_PROBES)
+    return jnp.mean(map_over(quadratic, keys, chunk=rhs_chunk_or_default(op.rhs_chunk)))
+
+
+@dataclass
+class Restricted(LinearOperator):
+    """The diagonal block of an operator that has no cheaper way to be restricted: embed zeros, apply, select.
+
+    Vectors are flat dicts `{name: leaf}`.
+    """
+
+    op: LinearOperator
+    block: blocks.Block = static()
+
+    def mv(self, v: PyTree) -> PyTree:
+        tree.check_vector(v, self.space, "v")
+        return blocks.select(self.op.mv(blocks.embed(v, tree.cast_space(self.op.space, v))), self.block)
+
+    @property
+    def space(self) -> PyTree:
+        return blocks.select(self.op.space, self.block)
+
+    @property
+    def psd(self) -> bool:
+        return self.op.psd
+
+    @property
+    def rhs_chunk(self) -> int | None:
+        return self.op.rhs_chunk
+
+
+@minibatch.register
+def _(op: Sum, indices: Array) -> LinearOperator:
+    return Sum(tuple(minibatch(term, indices) for term in op.terms))
+
+
+@minibatch.register
+def _(op: Scaled, indices: Array) -> LinearOperator:
+    return dataclasses.replace(op, op=minibatch(op.op, indices))
+
+
+@root.register
+def _(op: Scaled) -> Root:
+    inner = root(op.op)
+    return inner._replace(weights=inner.weights * op.factor)
+
+
+@spectral.register
+def _(op: Scaled) -> Spectral:
+    inner = spectral(op.op)
+    return inner._replace(values=tree.scale(op.factor, inner.values))
+
+
+@sums.register
+def _(op: Scaled, V: PyTree) -> tuple[PyTree, Array]:
+    total, weight = sums(op.op, V)
+    return tree.scale(op.factor, total), weight
+
+
+@restrict.register
+def _(op: Sum, block: Sequence[str]) -> LinearOperator:
+    return Sum(tuple(restrict(term, block) for term in op.terms))
+
+
+@restrict.register
+def _(op: Scaled, block: Sequence[str]) -> LinearOperator:
+    return dataclasses.replace(op, op=restrict(op.op, block))
+
+
+@to_dense.register
+def _(op: Sum) -> Array:
+    return sum((to_dense(term) for term in op.terms[1:]), to_dense(op.terms[0]))
+
+
+@to_dense.register
+def _(op: Scaled) -> Array:
+    return tree.scale(op.factor, to_dense(op.op))
+
+
+@diagonal.register
+def _(op: Sum) -> PyTree:
+    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(diagonal(term) for term in op.terms))
+
+
+@diagonal.register
+def _(op: Scaled) -> PyTree:
+    return tree.scale(op.factor, diagonal(op.op))
+
+
+@trace.register
+def _(op: Sum, *, key: Key | None = None) -> Array:
+    keys = [None] * len(op.terms) if key is None else list(jax.random.split(key, len(op.terms)))
+    return sum(trace(term, key=term_key) for term, term_key in zip(op.terms, keys, strict=True))
+
+
+@trace.register
+def _(op: Scaled, *, key: Key | None = None) -> Array:
+    return op.factor * trace(op.op, key=key)

@@ -1,0 +1,273 @@
+r"""Curvature of a loss over a data set: Hessian, Gauss-Newton, empirical Fisher.
+
+All three are weighted means over examples, $C = \sum_i w_i C_i / \sum_i w_i$, summed over chunks and divided once, so
+neither the chunk size nor a ragged tail changes the result beyond rounding.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import blocks, tree
+from .._pytree import dataclass, set_field, static
+from .._typing import Array, LossFunction, PyTree
+from ..batching import as_batch, check_chunk, map_over, rhs_chunk_or_default, sum_over, take
+from ..gradients import matching
+from ..objective import LossOnly, Objective, as_objective
+from .capabilities import minibatch, restrict, sums, wide_dtype
+from .operator import LinearOperator
+
+
+@dataclass
+class OverData(LinearOperator, abc.ABC):
+    """Fields and bookkeeping shared by the operators over a data set; abstract.
+
+    Attributes:
+      frozen: The leaves outside the block, if this is the restriction to a block.
+      total: What the weighted sum is divided by; the sum of the weights if None.
+    """
+
+    objective: Objective | LossOnly | LossFunction
+    params: PyTree
+    data: PyTree
+    weights: Array | None = dataclasses.field(default=None, kw_only=True)
+    chunk: int | None = static(default=None, kw_only=True)
+    rhs_chunk: int | None = static(default=None, kw_only=True)  # type: ignore[assignment]
+    frozen: blocks.Frozen | None = dataclasses.field(default=None, kw_only=True)
+    total: Array | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        set_field(self, "objective", as_objective(self.objective))
+        set_field(self, "params", tree.check_params(self.params))
+        set_field(self, "data", as_batch(self.data, "data"))
+        check_chunk(self.chunk)
+        check_chunk(self.rhs_chunk, "rhs_chunk")
+        if self.weights is not None:
+            set_field(self, "weights", _as_weights(self.weights, self.count, wide_dtype(self.params)))
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return jax.tree.leaves(self.data)[0].shape[0]
+
+    @property
+    def space(self) -> PyTree:
+        return self.params
+
+    def mv(self, v: PyTree) -> PyTree:
+        tree.check_vector(v, self.params, "v")
+        return _mean_product(self, v)
+
+    def whole(self, params: PyTree) -> PyTree:
+        """The full parameter tree the objective is called with."""
+        return params if self.frozen is None else self.frozen.merge(params)
+
+    @abc.abstractmethod
+    def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
+        r"""$\sum_i w_i C_i v$ over one chunk."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.size:,} parameters, {self.count:,} examples)"
+
+
+@dataclass
+class Hessian(OverData):
+    r"""Hessian of the mean loss, $H = \frac{1}{\sum w}\sum_i w_i \nabla^2_\theta\,\ell(\theta, z_i)$.
+
+    Products are forward over reverse, about three gradients each.  It is indefinite away from a minimum.
+
+    Args:
+      objective: Objective, or a bare `f(params, example) -> scalar`.
+      params: Leaves `(*leaf)`, real floating.
+      data: Leaves `(N, ...)`.
+      weights: `(N,)`, ones if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
+      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+
+    Example:
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> Hessian(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).mv({"w": jnp.array(1.0)})["w"].item()
+      5.0
+
+    Reference: Pearlmutter 1994; Koh & Liang 2017, arXiv:1703.04730.
+    """
+
+    def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
+        return jax.jvp(jax.grad(partial(_weighted_loss, self, batch, weights)), (params,), (v,))[1]
+
+
+@dataclass
+class GGN(OverData):
+    r"""Generalised Gauss-Newton matrix, $G = \frac{1}{\sum w}\sum_i w_i J_i^\top H_i J_i$.
+
+    $J_i = \partial_\theta\,\mathrm{predict}$ and $H_i = \nabla^2_{out}\,\mathrm{loss}$ at example i: the Hessian without
+    the curvature of the model.  Positive semi-definite for losses convex in the output, and equal to the Fisher matrix
+    for softmax cross-entropy and squared loss.
+
+    Args:
+      objective: An `Objective`; the split into prediction and loss is what this is made of.
+      params: Leaves `(*leaf)`, real floating.
+      data: Leaves `(N, ...)`.
+      weights: `(N,)`, non-negative; ones if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
+      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form, or the objective is a bare function.
+
+    Example:
+      >>> objective = Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
+      >>> data = {"x": jnp.array([1.0, 3.0]), "y": jnp.array([0.0, 0.0])}
+      >>> GGN(objective, {"w": jnp.array(1.0)}, data).mv({"w": jnp.array(1.0)})["w"].item()
+      5.0
+
+    Reference: Schraudolph 2002; Martens 2014, arXiv:1412.1193.
+    """
+
+    def __post_init__(self) -> None:
+        OverData.__post_init__(self)
+        if not isinstance(self.objective, Objective):
+            raise TypeError(
+                f"objective: GGN got the bare function {self.objective!r}, expected an Objective, because it needs the "
+                "model's output; write Objective(predict, loss) with predict(params, example) and loss(output, example), "
+                "or use Hessian or EmpiricalFisher"
+            )
+
+    @property
+    def psd(self) -> bool:
+        return True
+
+    def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
+        def outputs(p: PyTree) -> PyTree:
+            return jax.vmap(partial(self.objective.output, self.whole(p)))(batch)
+
+        def cost(out: PyTree) -> Array:
+            return _weighted_sum(jax.vmap(self.objective.cost)(out, batch), weights)
+
+        out, tangent = jax.jvp(outputs, (params,), (v,))
+        return jax.vjp(outputs, params)[1](jax.jvp(jax.grad(cost), (out,), (tangent,))[1])[0]
+
+
+@dataclass
+class EmpiricalFisher(OverData):
+    r"""Second moment of the per-example gradients, $F = \frac{1}{\sum w}\sum_i w_i\, g_i g_i^\top$.
+
+    Labels are those of the data; pyDVL calls this Gauss-Newton.
+
+    Args:
+      objective: Objective, or a bare `f(params, example) -> scalar`.
+      params: Leaves `(*leaf)`, real floating.
+      data: Leaves `(N, ...)`.
+      weights: `(N,)`, non-negative; ones if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
+      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+
+    Example:
+      >>> f = lambda params, z: params["w"] * z
+      >>> EmpiricalFisher(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).mv({"w": jnp.array(1.0)})["w"].item()
+      5.0
+
+    Reference: Kunstner et al. 2019, arXiv:1905.12558.
+    """
+
+    @property
+    def psd(self) -> bool:
+        return True
+
+    def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
+        def losses(p: PyTree) -> Array:
+            return jax.vmap(partial(self.objective, self.whole(p)))(batch)
+
+        values, tangent = jax.jvp(losses, (params,), (v,))
+        return jax.vjp(losses, params)[1](tangent * weights.astype(values.dtype))[0]
+
+
+def _as_weights(weights: Array, count: int, dtype: np.dtype) -> Array:
+    weights = jnp.asarray(weights)
+    if weights.shape != (count,):
+        raise ValueError(f"weights: got shape {weights.shape}, expected ({count},), one per example of data")
+    if not isinstance(weights, jax.core.Tracer):
+        total = jnp.sum(weights)
+        if not (jnp.isfinite(total) and total != 0):
+            raise ValueError(f"weights: they sum to {total}, expected a finite number other than zero")
+    return weights.astype(jnp.promote_types(dtype, weights.dtype))
+
+
+def _weighted_sum(losses: Array, weights: Array) -> Array:
+    dtype = tree.accumulation_dtype(losses.dtype, weights.dtype)
+    return jnp.sum(losses.astype(dtype) * weights.astype(dtype))
+
+
+def _weighted_loss(op: OverData, batch: PyTree, weights: Array, params: PyTree) -> Array:
+    return _weighted_sum(jax.vmap(partial(op.objective, op.whole(params)))(batch), weights)
+
+
+def sum_over_data(
+    op: OverData, fn: Callable[[PyTree, Array], PyTree], chunk: int | None = None
+) -> tuple[PyTree, Array]:
+    """`sum_over` the operator's data, and what the sum is to be divided by."""
+    summed, weight = sum_over(fn, op.data, op.weights, chunk=chunk or op.chunk, dtype=wide_dtype(op.params))
+    return summed, weight if op.total is None else op.total.astype(weight.dtype)
+
+
+def divide(summed: PyTree, weight: Array) -> PyTree:
+    """Divide every leaf of a weighted sum by the total weight."""
+    return jax.tree.map(lambda s: s / weight.astype(s.dtype), summed)
+
+
+def _sum_product(op: OverData, v: PyTree) -> tuple[PyTree, Array]:
+    params, wide_v = matching(op.params, v)
+    return sum_over_data(op, lambda batch, weights: op.sum_product(params, batch, weights, wide_v))
+
+
+@jax.jit
+def _mean_product(op: OverData, v: PyTree) -> PyTree:
+    return tree.cast_like(divide(*_sum_product(op, v)), v)
+
+
+@jax.jit
+def _sums(op: OverData, V: PyTree) -> tuple[PyTree, Array]:
+    summed, weights = map_over(partial(_sum_product, op), V, chunk=rhs_chunk_or_default(op.rhs_chunk))
+    return summed, weights[0]
+
+
+@sums.register
+def _(op: OverData, V: PyTree) -> tuple[PyTree, Array]:
+    tree.check_stack(V, op.params, "V")
+    return _sums(op, V)
+
+
+@minibatch.register
+def _(op: OverData, indices: Array) -> LinearOperator:
+    indices = jnp.asarray(indices)
+    if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"indices: got {indices.dtype}{list(indices.shape)}, expected a vector of integers")
+    if not isinstance(indices, jax.core.Tracer) and not bool(jnp.all((indices >= 0) & (indices < op.count))):
+        raise ValueError(f"indices: got values in [{indices.min()}, {indices.max()}], expected [0, {op.count})")
+    data, weights, total = take(op.data, indices), None, None
+    if op.weights is not None:
+        # A minibatch divided by its own weight would be a ratio of two random sums, hence biased.
+        weights = jnp.take(op.weights, indices)
+        total = jnp.sum(op.weights) * (indices.shape[0] / op.count)
+    if op.total is not None:
+        total = op.total * (indices.shape[0] / op.count)
+    return dataclasses.replace(op, data=data, weights=weights, total=total)
+
+
+@restrict.register
+def _(op: OverData, block: Sequence[str]) -> LinearOperator:
+    params, frozen = blocks.freeze_rest(op.params, blocks.as_block(block, op.params), op.frozen)
+    return dataclasses.replace(op, params=params, frozen=frozen)

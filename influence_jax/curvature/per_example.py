@@ -1,0 +1,168 @@
+r"""What follows from one factor per example, $C_i = L_i^\top R_i$ with C rows each.
+
+Empirical Fisher: $L_i = R_i = g_i^\top$, one row.  GGN: $L_i = J_i$ and $R_i = H_i J_i$, a row per output.  Diagonal and
+trace are then exact in one pass over the data, and the matrix is one product of tall matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from .. import tree
+from .._typing import Array, Key, PyTree
+from ..batching import chunk_for, map_over, sum_over
+from .capabilities import (
+    Root,
+    dense_by_products,
+    diagonal,
+    diagonal_by_products,
+    root,
+    symmetric,
+    to_dense,
+    trace,
+    trace_by_products,
+    wide_dtype,
+)
+from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data
+
+# With more outputs than this, one product per parameter is the cheaper way to a GGN's matrix and diagonal.
+MAX_ROWS = 32
+
+
+def row_count(op: OverData) -> int:
+    """Rows of each example's factor: the number of outputs for GGN, one for the empirical Fisher."""
+    if isinstance(op, EmpiricalFisher):
+        return 1
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), op.data)
+    return tree.size(jax.eval_shape(lambda p, z: op.objective.output(op.whole(p), z), op.params, one))
+
+
+def _output(op: GGN, params: PyTree, example: PyTree) -> Array:
+    """The model's output as one flat array `(C,)`."""
+    out = op.objective.output(op.whole(params), example)
+    return tree.flatten(tree.promote(out), out)
+
+
+def _output_hessian(op: GGN, params: PyTree, example: PyTree) -> Array:
+    """The loss Hessian in the flat output, `(C, C)`."""
+    like = jax.eval_shape(lambda p: op.objective.output(op.whole(p), example), params)
+
+    def cost(flat: Array) -> Array:
+        return op.objective.cost(tree.cast_like(tree.unflatten(flat, like), like), example)
+
+    return jax.hessian(cost)(_output(op, params, example))
+
+
+def _square_root(matrix: Array) -> Array:
+    """L with L Lᵀ = matrix; NaN if the matrix has a negative eigenvalue beyond rounding."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    rounding = 10 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
+    roots = jnp.where(values < -rounding, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
+    return vectors * roots
+
+
+def _factors(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:
+    """`(L_i, R_i)`, stacks with leaves `(C, *leaf)`."""
+    if isinstance(op, EmpiricalFisher):
+        gradient = tree.stack_of_one(jax.grad(lambda p: op.objective(op.whole(p), example))(params))
+        return gradient, gradient
+    out, pullback = jax.vjp(lambda p: _output(op, p, example), params)
+    (jacobian,) = jax.vmap(pullback)(jnp.eye(out.size, dtype=out.dtype))
+    return jacobian, tree.combine(_output_hessian(op, params, example), jacobian)
+
+
+def _chunk(op: OverData, rows: int) -> int:
+    return min(op.chunk or chunk_for(2 * rows * op.size), op.count)
+
+
+@partial(jax.jit, static_argnames="rows")
+def _assembled_dense(op: OverData, rows: int) -> Array:
+    def chunk_sum(batch: PyTree, weights: Array) -> Array:
+        left, right = jax.vmap(partial(_factors, op, tree.promote(op.params)))(batch)
+        left, right = (tree.flatten(side, op.params).reshape(-1, op.size) for side in (left, right))
+        scaled = jnp.repeat(weights, rows).astype(right.dtype)[:, None] * right
+        return jnp.matmul(left.T, scaled, precision=tree.HIGHEST)
+
+    return symmetric(divide(*sum_over_data(op, chunk_sum, _chunk(op, rows))))
+
+
+@partial(jax.jit, static_argnames="rows")
+def _assembled_diagonal(op: OverData, rows: int) -> PyTree:
+    def chunk_sum(batch: PyTree, weights: Array) -> PyTree:
+        left, right = jax.vmap(partial(_factors, op, tree.promote(op.params)))(batch)
+        products = jax.tree.map(lambda x, y: jnp.sum(x * y, axis=1), left, right)
+        return tree.only(tree.combine(weights[None], products))
+
+    return divide(*sum_over_data(op, chunk_sum, _chunk(op, rows)))
+
+
+@to_dense.register(GGN)
+@to_dense.register(EmpiricalFisher)
+def _(op: OverData) -> Array:
+    rows = row_count(op)
+    return _assembled_dense(op, rows) if rows <= MAX_ROWS else symmetric(dense_by_products(op))
+
+
+@diagonal.register(GGN)
+@diagonal.register(EmpiricalFisher)
+def _(op: OverData) -> PyTree:
+    rows = row_count(op)
+    if rows <= max(MAX_ROWS, op.size):
+        return _assembled_diagonal(op, rows)
+    return tree.unflatten(diagonal_by_products(op), op.space)
+
+
+@trace.register(GGN)
+@trace.register(EmpiricalFisher)
+def _(op: OverData, *, key: Key | None = None) -> Array:
+    rows = row_count(op)
+    if rows <= MAX_ROWS or (key is None and rows <= op.size):
+        entries = _assembled_diagonal(op, rows)
+        return tree.dot(entries, jax.tree.map(jnp.ones_like, entries))
+    return trace_by_products(op, key)
+
+
+@root.register
+def _(op: EmpiricalFisher) -> Root:
+    def row(params: PyTree, example: PyTree) -> Array:
+        return op.objective(op.whole(params), example)[None]
+
+    return _root(op, row)
+
+
+@root.register
+def _(op: GGN) -> Root:
+    fixed = tree.promote(op.params)
+
+    def rows(params: PyTree, example: PyTree) -> Array:
+        half = _square_root(_output_hessian(op, fixed, example))
+        return jnp.matmul(half.T, _output(op, params, example), precision=tree.HIGHEST)
+
+    return _root(op, rows)
+
+
+def _root(op: OverData, rows: Callable[[PyTree, PyTree], Array]) -> Root:
+    """The root whose factor at example z is the derivative of `rows(params, z)` `(C,)` in the parameters."""
+    params = tree.promote(op.params)
+
+    def apply(v: PyTree) -> Array:
+        vector = tree.cast_like(v, params)
+        return map_over(lambda z: jax.jvp(lambda p: rows(p, z), (params,), (vector,))[1], op.data, chunk=op.chunk)
+
+    def transpose(u: Array) -> PyTree:
+        def chunk_sum(part: tuple[PyTree, Array], mask: Array) -> PyTree:
+            batch, coefficients = part
+
+            def total(p: PyTree) -> Array:
+                return jnp.sum(jax.vmap(partial(rows, p))(batch) * (mask[:, None] * coefficients))
+
+            return jax.grad(total)(params)
+
+        return sum_over(chunk_sum, (op.data, u), chunk=op.chunk, dtype=u.dtype)[0]
+
+    weights = jnp.ones(op.count, wide_dtype(op.params)) if op.weights is None else op.weights
+    return Root(apply, transpose, weights / (jnp.sum(weights) if op.total is None else op.total))

@@ -1,0 +1,251 @@
+r"""Derivatives of per-example losses.
+
+Three of the four never hold an array of examples times parameters: a directional derivative
+$\langle s, \nabla\ell_i\rangle$ is one forward-mode pass, a mixed one $\partial_x\langle s, \nabla\ell_i\rangle$ one
+forward pass over a gradient with respect to the input.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from . import tree
+from ._typing import Array, LossFunction, PyTree
+from .batching import as_batch, check_chunk, chunk_for, map_over, rhs_chunk_or_default
+from .objective import LossOnly, Objective, as_objective, get_field, replace_field
+
+
+def per_example_grads(
+    objective: Objective | LossFunction, params: PyTree, batch: PyTree, *, chunk: int | None = None
+) -> PyTree:
+    r"""Gradient of every example's loss, $g_i = \nabla_\theta \ell(\theta, z_i)$.
+
+    Args:
+      objective: Objective, or a bare `f(params, example) -> scalar`.
+      params: Leaves `(*leaf)`.
+      batch: Leaves `(N, ...)`.
+      chunk: Examples differentiated at once; chosen from the sizes if None.
+
+    Returns:
+      Tree like `params`, leaves `(N, *leaf)`, float32 or wider.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+
+    Example:
+      >>> f = lambda params, z: 0.5 * (params["w"] * z["x"] - z["y"]) ** 2
+      >>> data = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 1.0])}
+      >>> per_example_grads(f, {"w": jnp.array(1.0)}, data)["w"].tolist()
+      [1.0, 2.0]
+    """
+    check_chunk(chunk)
+    return _per_example_grads(as_objective(objective), tree.check_params(params), as_batch(batch, "batch"), chunk)
+
+
+def jacobian_product(
+    objective: Objective | LossFunction,
+    params: PyTree,
+    batch: PyTree,
+    vectors: PyTree,
+    *,
+    chunk: int | None = None,
+    rhs_chunk: int | None = None,
+) -> Array:
+    r"""Directional derivatives of every example's loss, $\langle v_k, \nabla_\theta\ell(\theta, z_i)\rangle$.
+
+    Forward mode; no per-example gradient is formed.
+
+    Args:
+      objective: Objective, or a bare `f(params, example) -> scalar`.
+      params: Leaves `(*leaf)`.
+      batch: Leaves `(N, ...)`.
+      vectors: Stack of directions, leaves `(K, *leaf)`.
+      chunk: Examples at once.
+      rhs_chunk: Directions at once.
+
+    Returns:
+      Array `(N, K)`, float32 or wider.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+
+    Example:
+      >>> f = lambda params, z: 0.5 * (params["w"] * z["x"] - z["y"]) ** 2
+      >>> data = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 1.0])}
+      >>> jacobian_product(f, {"w": jnp.array(1.0)}, data, {"w": jnp.array([1.0, 10.0])}).tolist()
+      [[1.0, 10.0], [2.0, 20.0]]
+    """
+    check_chunk(chunk)
+    check_chunk(rhs_chunk, "rhs_chunk")
+    params = tree.check_params(params)
+    tree.check_stack(vectors, params, "vectors")
+    return _jacobian_product(as_objective(objective), params, as_batch(batch, "batch"), vectors, chunk, rhs_chunk)
+
+
+def mixed_grads(
+    objective: Objective | LossFunction,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    wrt: str | int = "x",
+    chunk: int | None = None,
+) -> PyTree:
+    r"""Mixed derivatives of every example's loss, $\partial_{x_i} \nabla_\theta\ell(\theta, z_i)$.
+
+    Holds examples times input size times parameters; `mixed_product` contracts it without forming it.
+
+    Args:
+      objective: Objective, or a bare `f(params, example) -> scalar`.
+      params: Leaves `(*leaf)`.
+      batch: Leaves `(M, ...)`.
+      wrt: The part of the example to differentiate: key, attribute or tuple index; an array or a pytree.
+      chunk: Examples at once.
+
+    Returns:
+      Tree like `params` with leaves `(M, *x.shape, *leaf)`; if the part is a pytree, that pytree of such trees.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form, or the part is not floating.
+
+    Example:
+      >>> f = lambda params, z: 0.5 * (params["w"] * z["x"]) ** 2
+      >>> mixed_grads(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])})["w"].tolist()
+      [6.0, 12.0]
+    """
+    check_chunk(chunk)
+    batch = as_batch(batch, "batch")
+    check_wrt(batch, wrt)
+    return _mixed_grads(as_objective(objective), tree.check_params(params), batch, wrt, chunk)
+
+
+def mixed_product(
+    objective: Objective | LossFunction,
+    params: PyTree,
+    batch: PyTree,
+    vectors: PyTree,
+    *,
+    wrt: str | int = "x",
+    chunk: int | None = None,
+    rhs_chunk: int | None = None,
+) -> PyTree:
+    r"""Mixed derivatives along directions, $\partial_{x_i}\langle v_k, \nabla_\theta\ell(\theta, z_i)\rangle$.
+
+    Args:
+      objective: Objective, or a bare `f(params, example) -> scalar`.
+      params: Leaves `(*leaf)`.
+      batch: Leaves `(N, ...)`.
+      vectors: Stack of directions, leaves `(K, *leaf)`.
+      wrt: The part of the example to differentiate: key, attribute or tuple index; an array or a pytree.
+      chunk: Examples at once.
+      rhs_chunk: Directions at once.
+
+    Returns:
+      Array `(N, K, *x.shape)`, or a pytree of such arrays if the part is a pytree.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form, or the part is not floating.
+
+    Example:
+      >>> f = lambda params, z: 0.5 * (params["w"] * z["x"]) ** 2
+      >>> mixed_product(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.0])}).tolist()
+      [[6.0], [12.0]]
+    """
+    check_chunk(chunk)
+    check_chunk(rhs_chunk, "rhs_chunk")
+    params, batch = tree.check_params(params), as_batch(batch, "batch")
+    tree.check_stack(vectors, params, "vectors")
+    check_wrt(batch, wrt)
+    return _mixed_product(as_objective(objective), params, batch, vectors, wrt, chunk, rhs_chunk)
+
+
+def check_wrt(batch: PyTree, wrt: str | int) -> None:
+    """Raise unless `wrt` names a floating part of the examples."""
+    for path, leaf in tree.named_leaves(get_field(batch, wrt, "wrt")):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"wrt: part {wrt!r}{f' (leaf {path})' if path else ''} is {leaf.dtype}, which has no derivative; for "
+                "tokens or categories, embed them first and make the embeddings a floating part of the example"
+            )
+
+
+@partial(jax.jit, static_argnames="chunk")
+def _per_example_grads(
+    objective: Objective | LossOnly, params: PyTree, batch: PyTree, chunk: int | None = None
+) -> PyTree:
+    params = tree.promote(params)
+    return map_over(partial(jax.grad(objective), params), batch, chunk=chunk or chunk_for(tree.size(params)))
+
+
+@partial(jax.jit, static_argnames=("chunk", "rhs_chunk"))
+def _jacobian_product(
+    objective: Objective | LossOnly,
+    params: PyTree,
+    batch: PyTree,
+    vectors: PyTree,
+    chunk: int | None = None,
+    rhs_chunk: int | None = None,
+) -> Array:
+    params, vectors = matching(params, vectors)
+
+    def one(example: PyTree) -> Array:
+        def along(vector: PyTree) -> Array:
+            return jax.jvp(lambda p: objective(p, example), (params,), (vector,))[1]
+
+        return map_over(along, vectors, chunk=rhs_chunk_or_default(rhs_chunk))
+
+    products = map_over(one, batch, chunk=chunk)
+    return products.astype(tree.accumulation_dtype(products.dtype))
+
+
+@partial(jax.jit, static_argnames=("wrt", "chunk"))
+def _mixed_grads(
+    objective: Objective | LossOnly, params: PyTree, batch: PyTree, wrt: str | int, chunk: int | None
+) -> PyTree:
+    params = tree.promote(params)
+
+    def one(example: PyTree) -> PyTree:
+        def input_gradient(p: PyTree) -> PyTree:
+            return jax.grad(lambda x: objective(p, replace_field(example, wrt, x)))(get_field(example, wrt, "wrt"))
+
+        return jax.jacfwd(input_gradient)(params)
+
+    input_size = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(get_field(batch, wrt, "wrt")))
+    return map_over(one, batch, chunk=chunk or chunk_for(tree.size(params) * input_size))
+
+
+@partial(jax.jit, static_argnames=("wrt", "chunk", "rhs_chunk"))
+def _mixed_product(
+    objective: Objective | LossOnly,
+    params: PyTree,
+    batch: PyTree,
+    vectors: PyTree,
+    wrt: str | int,
+    chunk: int | None = None,
+    rhs_chunk: int | None = None,
+) -> PyTree:
+    params, vectors = matching(params, vectors)
+
+    def one(example: PyTree) -> PyTree:
+        def input_gradient(p: PyTree) -> PyTree:
+            return jax.grad(lambda x: objective(p, replace_field(example, wrt, x)))(get_field(example, wrt, "wrt"))
+
+        def along(vector: PyTree) -> PyTree:
+            return jax.jvp(input_gradient, (params,), (vector,))[1]
+
+        return map_over(along, vectors, chunk=rhs_chunk_or_default(rhs_chunk))
+
+    products = map_over(one, batch, chunk=chunk)
+    return tree.promote(products)
+
+
+def matching(params: PyTree, vectors: PyTree) -> tuple[PyTree, PyTree]:
+    """Cast parameters and (stacked) vectors, leaf by leaf, to the wider of the two dtypes.
+
+    A float32 vector therefore gets derivatives taken in float32 even when the parameters are bfloat16.
+    """
+    params = jax.tree.map(lambda p, v: p.astype(jnp.promote_types(p.dtype, v.dtype)), params, vectors)
+    return params, tree.cast_like(vectors, params)

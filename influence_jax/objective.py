@@ -1,0 +1,159 @@
+"""The model contract: what a model predicts for one example, and what that costs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import tree
+from ._pytree import dataclass, set_field, static
+from ._typing import Array, PyTree
+
+
+@dataclass
+class Objective:
+    r"""The loss of one example, split into prediction and loss.
+
+    $\ell(\theta, z) = \mathrm{loss}(\mathrm{predict}(\theta, z), z)$ for ONE example $z$, without a batch axis.  The
+    split is what Gauss-Newton and Fisher need.  Keep regularisers out of it: they belong to the damping.
+
+    Args:
+      predict: `predict(params, example) -> output`, or `predict(params, example, constants)` when constants are given.
+        Static: define it once, for a fresh lambda compiles again.
+      loss: `loss(output, example) -> scalar`.  Static.
+      constants: Pytree of arrays that are not differentiated, e.g. batch statistics.
+
+    Raises:
+      TypeError: If `predict` or `loss` is not callable; on a call, if the loss is not a real floating number.
+      ValueError: On a call, if the loss is not a scalar.
+
+    Example:
+      >>> objective = Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
+      >>> float(objective({"w": jnp.array(2.0)}, {"x": jnp.array(3.0), "y": jnp.array(5.0)}))
+      0.5
+    """
+
+    predict: Callable[..., PyTree] = static()
+    loss: Callable[[PyTree, PyTree], Array] = static()
+    constants: PyTree = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, value in (("predict", self.predict), ("loss", self.loss)):
+            if not callable(value):
+                raise TypeError(f"{name}: got a {type(value).__name__}, expected a function of one example")
+            _check_hashable(value, name)
+        set_field(self, "constants", jax.tree.map(jnp.asarray, self.constants))
+
+    def output(self, params: PyTree, example: PyTree) -> PyTree:
+        """The model's output for one example."""
+        if self.constants is None:
+            return self.predict(params, example)
+        return self.predict(params, example, self.constants)
+
+    def cost(self, output: PyTree, example: PyTree) -> Array:
+        """The loss of one output, checked to be a scalar."""
+        return _scalar(self.loss(output, example), self.loss)
+
+    def __call__(self, params: PyTree, example: PyTree) -> Array:
+        """The loss of one example."""
+        return self.cost(self.output(params, example), example)
+
+    def __repr__(self) -> str:
+        constants = "" if self.constants is None else f", constants with {tree.size(self.constants)} entries"
+        return f"Objective({_name(self.predict)}, {_name(self.loss)}{constants})"
+
+
+@dataclass
+class LossOnly:
+    """A bare `f(params, example) -> scalar`: enough for gradients, Hessian and empirical Fisher."""
+
+    fn: Callable[[PyTree, PyTree], Array] = static()
+
+    def __call__(self, params: PyTree, example: PyTree) -> Array:
+        """The loss of one example."""
+        return _scalar(self.fn(params, example), self.fn)
+
+    def __repr__(self) -> str:
+        return f"LossOnly({_name(self.fn)})"
+
+
+def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnly:
+    """Wrap a bare loss function; pass an objective through.
+
+    Raises:
+      TypeError: If it is neither.
+    """
+    if isinstance(objective, Objective | LossOnly):
+        return objective
+    if not callable(objective):
+        raise TypeError(
+            f"{name}: got a {type(objective).__name__}, expected an Objective or a function f(params, example) -> scalar"
+        )
+    _check_hashable(objective, name)
+    return LossOnly(objective)
+
+
+def _check_hashable(fn: Callable, name: str) -> None:
+    try:
+        hash(fn)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: {_name(fn)} cannot be hashed ({error}), but it is a static part of the program; pass a function "
+            "or a frozen dataclass with __call__, and put arrays into constants"
+        ) from None
+
+
+def _scalar(value: Any, fn: Callable) -> Array:
+    value = jnp.asarray(value)
+    if value.shape != ():
+        raise ValueError(
+            f"loss: {_name(fn)} returned shape {value.shape} for one example, expected a scalar; reduce it over outputs "
+            "(mean or sum), and do not include a batch axis: examples are vmapped"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"loss: {_name(fn)} returned {value.dtype}, expected a real floating number")
+    return value
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__name__
+
+
+def get_field(example: PyTree, name: str | int, argument: str) -> PyTree:
+    """The part of an example called `name`: a key, an attribute or a tuple index.
+
+    Raises:
+      ValueError: If there is no such part; the message lists what there is.
+    """
+    parts = _parts(example)
+    if not isinstance(name, str | int) or name not in parts:
+        raise ValueError(f"{argument}: got {name!r}, expected one of {list(parts)}, the parts of an example")
+    return parts[name]
+
+
+def replace_field(example: PyTree, name: str | int, value: PyTree) -> PyTree:
+    """A copy of the example with one part replaced; no constructor runs."""
+    if isinstance(example, Mapping):
+        return type(example)({**example, name: value})  # type: ignore[call-arg]
+    if dataclasses.is_dataclass(example):
+        changed = copy.copy(example)
+        object.__setattr__(changed, str(name), value)
+        return changed
+    index = example._fields.index(name) if isinstance(name, str) else name
+    parts = [value if i == index else part for i, part in enumerate(example)]
+    return type(example)(*parts) if hasattr(example, "_fields") else type(example)(parts)
+
+
+def _parts(example: PyTree) -> dict[str | int, PyTree]:
+    if isinstance(example, Mapping):
+        return dict(example)
+    if dataclasses.is_dataclass(example):
+        return {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
+    if isinstance(example, tuple | list):
+        return {**dict(enumerate(example)), **dict(zip(getattr(example, "_fields", ()), example, strict=False))}
+    return {}

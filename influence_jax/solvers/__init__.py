@@ -1,0 +1,11 @@
+"""Ways to invert an operator."""
+
+from .base import (
+    Info as Info,
+    Inverse as Inverse,
+    RelativeDamping as RelativeDamping,
+    Solver as Solver,
+    invert as invert,
+)
+from .cg import CG as CG, conjugate_gradients as conjugate_gradients
+from .direct import Direct as Direct, Eigh as Eigh

@@ -1,0 +1,275 @@
+r"""What a solver is, what it reports, and the inverse it makes of an operator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import tree
+from .._pytree import dataclass
+from .._typing import Array, Key, PyTree
+from ..curvature import LinearOperator, trace
+
+
+class Info(NamedTuple):
+    """How a solve went; leaves are scalars, or `(K,)` for stacked right-hand sides.
+
+    Attributes:
+      steps: Iterations spent, 0 for closed forms; int32.
+      residual: `||b - A x|| / ||b||` of the damped operator A, NaN where no extra product was spent on it.
+      converged: Whether the answer can be relied on.
+      min_curvature: Smallest `vᵀAv / vᵀv` met on the damped operator; negative means indefinite.
+    """
+
+    steps: Array
+    residual: Array
+    converged: Array
+    min_curvature: Array
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A way to solve `(A + damping I) x = v`.
+
+    A frozen pytree dataclass: numbers such as damping are leaves, what shapes the program is static.  `init` does what
+    needs the operator only, `apply_many` solves for a stack of right-hand sides.
+
+    Attributes:
+      symmetric: Whether the map from v to x is self-adjoint, so that solving may move to the other side of a product.
+    """
+
+    symmetric: ClassVar[bool] = True
+
+    def init(self, op: LinearOperator, *, key: Key | None = None) -> PyTree:
+        """Whatever can be computed before the right-hand side is known."""
+        ...
+
+    def apply_many(self, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+        """Solve for every row of a stack, leaves `(K, *leaf)`; solutions are float32 or wider."""
+        ...
+
+    def apply(self, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
+        """Solve for one vector, the K = 1 case of `apply_many`."""
+        return tree.only(self.apply_many(state, tree.stack_of_one(v)))
+
+    def with_damping(self, state: PyTree, damping: Array) -> PyTree:
+        """The state for another damping, where that needs no new fit.
+
+        Raises:
+          ValueError: If the state cannot serve another damping.
+        """
+        ...
+
+
+@dataclass
+class RelativeDamping:
+    """Damping as a multiple of the operator's mean eigenvalue, `factor * trace / size`.
+
+    Args:
+      factor: Non-negative number; 0.1 is common for Kronecker-factored curvature.
+
+    Raises:
+      TypeError, ValueError: If it is not a non-negative number.
+
+    Example:
+      >>> RelativeDamping(0.1).resolve(3.0 * identity_of(2)).item()  # doctest: +SKIP
+      0.3
+
+    Reference: Grosse et al. 2023, arXiv:2308.03296, section 3.2.
+    """
+
+    factor: float | Array
+
+    def __post_init__(self) -> None:
+        check_number(self.factor, "factor")
+
+    def __repr__(self) -> str:
+        return f"RelativeDamping({self.factor})"
+
+
+def check_number(value: Any, name: str) -> None:
+    """Raise unless `value` is a finite non-negative scalar; traced values pass unseen."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        is_number = not isinstance(value, bool | str) and jnp.ndim(value) == 0
+        number = float(value) if is_number else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise TypeError(f"{name}: got {value!r}, expected a non-negative number")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name}: got {number}, expected a finite non-negative number")
+
+
+def check_damping(damping: Any) -> None:
+    """Raise unless `damping` is a non-negative number or a `RelativeDamping`."""
+    if isinstance(damping, RelativeDamping):
+        return
+    try:
+        check_number(damping, "damping")
+    except TypeError:
+        raise TypeError(
+            f"damping: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor)"
+        ) from None
+
+
+def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> Array:
+    """The absolute damping, an array in the dtype the solver computes in."""
+    dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(op.space)))
+    if not isinstance(damping, RelativeDamping):
+        return jnp.asarray(damping, dtype)
+    return jnp.asarray(damping.factor, dtype) * (trace(op, key=key) / op.size).astype(dtype)
+
+
+def damped_product(op: LinearOperator, damping: Array, X: PyTree) -> PyTree:
+    """`(A + damping I) X` for a stack."""
+    return jax.tree.map(lambda ax, x: ax + damping.astype(x.dtype) * x, op.mm(X), X)
+
+
+def implicit_solve(
+    op: LinearOperator, damping: Array, V: PyTree, solve: Callable[[PyTree], tuple[PyTree, Info]]
+) -> tuple[PyTree, Info]:
+    """Run `solve(V)` with the derivatives of the exact solution.
+
+    Derivatives in damping, parameters, weights and V are one more solve; nothing inside `solve` is differentiated.
+    """
+    return lax.custom_linear_solve(
+        lambda X: damped_product(op, damping, X), tree.promote(V), lambda _, B: solve(B), symmetric=True, has_aux=True
+    )
+
+
+@dataclass
+class Inverse(LinearOperator):
+    r"""An operator inverted by a solver, $v \mapsto (A + \lambda I)^{-1} v$: itself a linear operator.
+
+    Made by `invert`.
+
+    Attributes:
+      op: The operator A.
+      solver: How it is inverted.
+      state: What the solver computed from A.
+    """
+
+    op: LinearOperator
+    solver: Solver
+    state: PyTree
+
+    def mv(self, v: PyTree) -> PyTree:
+        return tree.cast_like(self.solve(v)[0], v)
+
+    def mm(self, V: PyTree) -> PyTree:
+        return tree.cast_like(self.solve_many(V)[0], V)
+
+    def solve(self, v: PyTree) -> tuple[PyTree, Info]:
+        """The solution for one vector, float32 or wider, and how the solve went.
+
+        Raises:
+          ValueError: If `v` is not shaped like the parameters.
+        """
+        tree.check_vector(v, self.space, "v")
+        return _solve(self.solver, self.state, v)
+
+    def solve_many(self, V: PyTree) -> tuple[PyTree, Info]:
+        """Solutions for a stack, leaves `(K, *leaf)`; Info leaves `(K,)`.
+
+        Raises:
+          ValueError: If `V` is not a stack of vectors shaped like the parameters.
+        """
+        tree.check_stack(V, self.space, "V")
+        return _solve_many(self.solver, self.state, V)
+
+    def with_damping(self, damping: float | Array | RelativeDamping, *, key: Key | None = None) -> Inverse:
+        """The inverse at another damping from the same fit; `vmap` over it sweeps a grid.
+
+        Args:
+          damping: Non-negative number, or a `RelativeDamping`.
+          key: For a `RelativeDamping` whose trace has to be estimated.
+
+        Raises:
+          ValueError: If the solver's state is tied to its damping (Cholesky), or the damping is negative.
+        """
+        check_damping(damping)
+        absolute = resolve_damping(damping, self.op, key)
+        _check_resolved(damping, absolute, self.op)
+        state = self.solver.with_damping(self.state, absolute)
+        return Inverse(self.op, dataclasses.replace(self.solver, damping=damping), state)  # type: ignore[type-var]
+
+    @property
+    def space(self) -> PyTree:
+        return self.op.space
+
+    @property
+    def psd(self) -> bool:
+        return self.op.psd
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the solver's map is self-adjoint."""
+        return self.solver.symmetric
+
+    def __repr__(self) -> str:
+        return f"Inverse({self.op!r}, {self.solver!r})"
+
+
+def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inverse:
+    r"""Invert an operator: fit the solver once, then apply $(A + \lambda I)^{-1}$ as often as needed.
+
+    Args:
+      op: Operator A.
+      solver: `Direct(damping)`, `Eigh(damping)`, `CG(damping)`, ...
+      key: For solvers and dampings that draw random numbers.
+
+    Returns:
+      An `Inverse`, which is a linear operator.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or damping is not a number.
+      ValueError: If damping is negative, or a `RelativeDamping` meets a non-positive mean eigenvalue.
+
+    Example:
+      >>> from influence_jax import CG, Diagonal
+      >>> inverse = invert(Diagonal({"w": jnp.array([1.0, 3.0])}), CG(damping=1.0))
+      >>> inverse.mv({"w": jnp.array([2.0, 4.0])})["w"].tolist()
+      [1.0, 1.0]
+    """
+    if not isinstance(op, LinearOperator):
+        raise TypeError(
+            f"op: got a {type(op).__name__}, expected a LinearOperator such as GGN(objective, params, data)"
+        )
+    if not isinstance(solver, Solver) or isinstance(solver, type):
+        raise TypeError(f"solver: got {solver!r}, expected a solver such as influence_jax.CG(damping=1e-3)")
+    check_damping(getattr(solver, "damping", 0.0))
+    state = _init(solver, op, key)
+    _check_resolved(getattr(solver, "damping", None), getattr(state, "damping", None), op)
+    return Inverse(op, solver, state)
+
+
+def _check_resolved(damping: Any, absolute: Any, op: LinearOperator) -> None:
+    if not isinstance(damping, RelativeDamping) or isinstance(absolute, jax.core.Tracer):
+        return
+    if not float(absolute) >= 0 or (float(absolute) == 0 and float(damping.factor) != 0):
+        raise ValueError(
+            f"damping: {damping!r} of {op!r} is {float(absolute)}, because its mean eigenvalue is not positive; give an "
+            "absolute damping"
+        )
+
+
+@jax.jit
+def _init(solver: Solver, op: LinearOperator, key: Key | None) -> PyTree:
+    return solver.init(op, key=key)
+
+
+@jax.jit
+def _solve(solver: Solver, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
+    return solver.apply(state, v)
+
+
+@jax.jit
+def _solve_many(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+    return solver.apply_many(state, V)

@@ -1,0 +1,308 @@
+"""Algebra on parameter-shaped trees, single or stacked along a leading axis.
+
+A *vector* is a tree shaped like the parameters.  A *stack* is the same tree with one extra leading axis: per-example
+gradients, right-hand sides, Krylov bases.  Inner products accumulate in at least float32 at the highest matmul
+precision, because accelerators may otherwise multiply in bfloat16 or TF32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._typing import Array, PyTree
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+def path_name(path: tuple) -> str:
+    """Slash-separated name of a leaf, e.g. `"encoder/0/kernel"`; the `/value` that flax.nnx appends is dropped."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
+    """`(name, leaf)` pairs in leaf order."""
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def size(tree: PyTree) -> int:
+    """Number of scalar entries."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def accumulation_dtype(*dtypes: np.dtype) -> np.dtype:
+    """The dtype sums are kept in: the widest given, float32 at least."""
+    dtype = jnp.dtype(jnp.float32)
+    for other in dtypes:
+        dtype = jnp.promote_types(dtype, other)
+    return dtype
+
+
+def promote(tree: PyTree) -> PyTree:
+    """Cast narrow leaves (bfloat16, float16) to float32; wider leaves are untouched."""
+    return jax.tree.map(lambda x: x.astype(accumulation_dtype(x.dtype)), tree)
+
+
+def promote_shapes(shapes: PyTree) -> PyTree:
+    """`promote` for a tree of `ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, accumulation_dtype(x.dtype)), shapes)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Cast each leaf to the dtype of its counterpart in `like`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def cast_space(space: PyTree, block_vector: dict[str, Array]) -> PyTree:
+    """Shapes of `space` in the dtypes of the block vector's leaves, where it has them."""
+    dtypes = {name: leaf.dtype for name, leaf in block_vector.items()}
+
+    def recast(path: tuple, leaf: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path_name(path), leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(recast, space)
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Sum of two trees of equal structure."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    """Difference of two trees of equal structure."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros of the same structure, shapes and dtypes; leaves may be `ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+def scale(factor: Array | float, tree: PyTree) -> PyTree:
+    """Multiply every leaf by a scalar, keeping dtypes."""
+    return jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), tree)
+
+
+def stack_of_one(vector: PyTree) -> PyTree:
+    """Add a leading axis of length one."""
+    return jax.tree.map(lambda x: x[None], vector)
+
+
+def only(stack: PyTree) -> PyTree:
+    """Drop the leading axis of a stack of one."""
+    return jax.tree.map(lambda x: x[0], stack)
+
+
+def _per_row(coefficients: Array, leaf: Array) -> Array:
+    return coefficients.astype(leaf.dtype).reshape(coefficients.shape + (1,) * (leaf.ndim - coefficients.ndim))
+
+
+def scale_rows(coefficients: Array, stack: PyTree) -> PyTree:
+    """Row k of the stack times `coefficients[k]`."""
+    return jax.tree.map(lambda x: _per_row(coefficients, x) * x, stack)
+
+
+def add_scaled_rows(a: PyTree, coefficients: Array, b: PyTree) -> PyTree:
+    """`a[k] + coefficients[k] * b[k]` for each row k."""
+    return jax.tree.map(lambda x, y: x + _per_row(coefficients, y) * y, a, b)
+
+
+def where_rows(mask: Array, a: PyTree, b: PyTree) -> PyTree:
+    """Row k of `a` where `mask[k]`, else row k of `b`."""
+    return jax.tree.map(lambda x, y: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y), a, b)
+
+
+def dot(a: PyTree, b: PyTree) -> Array:
+    """Inner product of two vectors, a scalar."""
+
+    def leaf_dot(x: Array, y: Array) -> Array:
+        dtype = accumulation_dtype(x.dtype, y.dtype)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    return _total([leaf_dot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)])
+
+
+def dots(a: PyTree, b: PyTree) -> Array:
+    """Row-wise inner products of two stacks, `(K,)`."""
+    return jax.vmap(dot)(a, b)
+
+
+def norms(stack: PyTree) -> Array:
+    """Row-wise Euclidean norms, `(K,)`."""
+    return jnp.sqrt(dots(stack, stack))
+
+
+def gram(a: PyTree, b: PyTree) -> Array:
+    """All inner products between two stacks: `(M, ...)`, `(N, ...)` to `(M, N)`."""
+
+    def leaf_gram(x: Array, y: Array) -> Array:
+        dtype = accumulation_dtype(x.dtype, y.dtype)
+        x, y = x.reshape(x.shape[0], -1).astype(dtype), y.reshape(y.shape[0], -1).astype(dtype)
+        return jnp.matmul(x, y.T, precision=HIGHEST)
+
+    return _total([leaf_gram(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)])
+
+
+def combine(coefficients: Array, stack: PyTree) -> PyTree:
+    """Linear combinations of rows: `(M, K)`, `(K, ...)` to `(M, ...)`."""
+
+    def leaf_combine(x: Array) -> Array:
+        dtype = accumulation_dtype(x.dtype, coefficients.dtype)
+        rows = x.reshape(x.shape[0], -1).astype(dtype)
+        out = jnp.matmul(coefficients.astype(dtype), rows, precision=HIGHEST)
+        return out.reshape((coefficients.shape[0], *x.shape[1:]))
+
+    return jax.tree.map(leaf_combine, stack)
+
+
+def _total(parts: Sequence[Array]) -> Array:
+    dtype = accumulation_dtype(*(part.dtype for part in parts))
+    total = parts[0].astype(dtype)
+    for part in parts[1:]:
+        total = total + part.astype(dtype)
+    return total
+
+
+def flatten(tree: PyTree, like: PyTree) -> Array:
+    """Concatenate leaves into the last axis: a vector to `(P,)`, a stack `(N, ...)` to `(N, P)`.
+
+    Entries follow the leaf order of `like`, each leaf in C order, in the widest dtype among the leaves.
+
+    Args:
+      tree: Leaves `(*lead, *leaf)` with any leading axes in common.
+      like: The parameters; leaves `(*leaf)`.
+
+    Returns:
+      Array `(*lead, P)`.
+
+    Raises:
+      ValueError: If the structure or a shape differs from `like`.
+
+    Example:
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
+      >>> flatten(params, params).shape
+      (9,)
+    """
+    leads = {
+        x.shape[: x.ndim - len(y.shape)] for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=False)
+    }
+    lead = leads.pop() if len(leads) == 1 else ()
+    check_vector(tree, like, "tree", lead=lead)
+    dtype = jnp.result_type(*jax.tree.leaves(tree))
+    return jnp.concatenate([x.astype(dtype).reshape((*lead, -1)) for x in jax.tree.leaves(tree)], axis=-1)
+
+
+def unflatten(array: Array, like: PyTree) -> PyTree:
+    """Inverse of `flatten`: `(*lead, P)` to a tree with leaves `(*lead, *leaf)`, in the array's dtype.
+
+    Args:
+      array: Entries in the leaf order of `like`.
+      like: The parameters.
+
+    Returns:
+      A tree of the structure of `like`.
+
+    Raises:
+      ValueError: If the last axis does not have as many entries as `like`.
+
+    Example:
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
+      >>> unflatten(jnp.arange(9.0), params)["b"].tolist()
+      [0.0, 1.0, 2.0]
+    """
+    array = jnp.asarray(array)
+    if array.ndim == 0 or array.shape[-1] != size(like):
+        raise ValueError(
+            f"array: got shape {array.shape}, expected the last axis to have {size(like)} entries, one per parameter"
+        )
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1]
+    parts = jnp.split(array, ends, axis=-1)
+    return structure.unflatten(
+        [part.reshape(array.shape[:-1] + leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+def basis_vector(index: Array, like: PyTree, dtype: np.dtype) -> PyTree:
+    """Column `index` of the identity on the space of `like`."""
+    return unflatten((jnp.arange(size(like)) == index).astype(dtype), like)
+
+
+def is_float64_lost(leaf: Array | np.ndarray) -> bool:
+    """Whether JAX would silently cut this leaf to single precision."""
+    wide = np.dtype(leaf.dtype) in (np.dtype(np.float64), np.dtype(np.complex128)) if _has_numpy_dtype(leaf) else False
+    return wide and jax.dtypes.canonicalize_dtype(np.float64) != np.dtype(np.float64)
+
+
+def _has_numpy_dtype(leaf: Array | np.ndarray) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def check_params(params: PyTree, name: str = "params") -> PyTree:
+    """Return `params` with JAX array leaves, or say which leaf cannot be differentiated and what to do.
+
+    Raises:
+      ValueError: If there are no leaves, or two leaves share a name.
+      TypeError: If a leaf is not a real floating array, or is float64 while x64 is off.
+    """
+    leaves = named_leaves(params)
+    if not leaves:
+        raise ValueError(f"{name}: got a tree without leaves, expected at least one array of parameters")
+    names = [leaf_name for leaf_name, _ in leaves]
+    if len(set(names)) < len(names):
+        twice = sorted({leaf_name for leaf_name in names if names.count(leaf_name) > 1})
+        raise ValueError(f"{name}: leaves share the names {twice}; rename keys that contain '/'")
+    for leaf_name, leaf in leaves:
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            got = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(
+                f"{name}: leaf '{leaf_name}' is {got}, expected a real floating array; move what is not trained "
+                "(counters, keys, integer tables) into Objective(..., constants=...)"
+            )
+        if is_float64_lost(leaf):
+            raise TypeError(
+                f"{name}: leaf '{leaf_name}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast it "
+                "to float32 or run under jax.enable_x64(True)"
+            )
+    return jax.tree.map(jnp.asarray, params)
+
+
+def check_vector(vector: PyTree, like: PyTree, name: str, *, lead: tuple[int, ...] = ()) -> None:
+    """Raise ValueError unless `vector` has the structure of `like` and leaves `(*lead, *leaf)`."""
+    if jax.tree.structure(vector) != jax.tree.structure(like):
+        raise ValueError(f"{name}: {_structure_difference(vector, like)}")
+    for (leaf_name, leaf), other in zip(named_leaves(vector), jax.tree.leaves(like), strict=True):
+        expected = (*lead, *other.shape)
+        if jnp.shape(leaf) != expected:
+            raise ValueError(f"{name}: leaf '{leaf_name}' has shape {jnp.shape(leaf)}, expected {expected}")
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(f"{name}: leaf '{leaf_name}' is {jnp.result_type(leaf)}, expected a floating dtype")
+
+
+def check_stack(stack: PyTree, like: PyTree, name: str) -> int:
+    """Check a stack as `check_vector` does, with one leading axis in common, and return its length."""
+    leaves = jax.tree.leaves(stack)
+    same = jax.tree.structure(stack) == jax.tree.structure(like)
+    lengths = {jnp.shape(leaf)[:1] for leaf in leaves} if same else {()}
+    lead = lengths.pop() if len(lengths) == 1 else ()
+    check_vector(stack, like, name, lead=lead or (1,))
+    return lead[0]
+
+
+def _structure_difference(vector: PyTree, like: PyTree) -> str:
+    if len(jax.tree.leaves(like)) > 1 and isinstance(vector, jax.Array | np.ndarray):
+        return (
+            f"got one array of shape {vector.shape}, expected a tree shaped like the parameters; "
+            "turn a flat array into one with influence_jax.unflatten(array, params)"
+        )
+    got = {leaf_name for leaf_name, _ in named_leaves(vector)}
+    expected = {leaf_name for leaf_name, _ in named_leaves(like)}
+    if got != expected:
+        missing, extra = sorted(expected - got)[:3], sorted(got - expected)[:3]
+        return f"its leaves differ from the parameters' (missing {missing}, unexpected {extra})"
+    return f"got the structure {jax.tree.structure(vector)}, expected {jax.tree.structure(like)}"
