@@ -7,6 +7,7 @@ meant for what a person passes must not see those.  So `__post_init__` may check
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -40,7 +41,7 @@ def dataclass(cls: type[_T]) -> type[_T]:
     def flatten(instance: _T) -> tuple[tuple, tuple]:
         return tuple(getattr(instance, name) for name in dynamic), tuple(getattr(instance, name) for name in structure)
 
-    def unflatten(aux: tuple, children: tuple) -> _T:
+    def unflatten(aux: tuple, children: Iterable[Any]) -> _T:
         instance = object.__new__(cls)
         for name, value in zip(structure + dynamic, tuple(aux) + tuple(children), strict=True):
             object.__setattr__(instance, name, value)

@@ -247,5 +247,5 @@ def matching(params: PyTree, vectors: PyTree) -> tuple[PyTree, PyTree]:
 
     A float32 vector therefore gets derivatives taken in float32 even when the parameters are bfloat16.
     """
-    params = jax.tree.map(lambda p, v: p.astype(jnp.promote_types(p.dtype, v.dtype)), params, vectors)
+    params = jax.tree.map(lambda p, v: p.astype(tree.widest(p.dtype, v.dtype)), params, vectors)
     return params, tree.cast_like(vectors, params)

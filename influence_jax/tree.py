@@ -35,12 +35,16 @@ def size(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def widest(*dtypes: np.dtype) -> np.dtype:
+    """The floating dtype that holds all of the given ones."""
+    widths = {jnp.dtype(dtype): jnp.finfo(dtype).bits for dtype in dtypes}
+    top = [dtype for dtype, bits in widths.items() if bits == max(widths.values())]
+    return top[0] if len(top) == 1 else jnp.dtype(jnp.float32)  # bfloat16 and float16 meet in float32
+
+
 def accumulation_dtype(*dtypes: np.dtype) -> np.dtype:
     """The dtype sums are kept in: the widest given, float32 at least."""
-    dtype = jnp.dtype(jnp.float32)
-    for other in dtypes:
-        dtype = jnp.promote_types(dtype, other)
-    return dtype
+    return widest(jnp.dtype(jnp.float32), *dtypes)
 
 
 def promote(tree: PyTree) -> PyTree:
@@ -193,7 +197,7 @@ def flatten(tree: PyTree, like: PyTree) -> Array:
     }
     lead = leads.pop() if len(leads) == 1 else ()
     check_vector(tree, like, "tree", lead=lead)
-    dtype = jnp.result_type(*jax.tree.leaves(tree))
+    dtype = widest(*(x.dtype for x in jax.tree.leaves(tree)))
     return jnp.concatenate([x.astype(dtype).reshape((*lead, -1)) for x in jax.tree.leaves(tree)], axis=-1)
 
 

@@ -364,7 +364,7 @@ def _(op: Scaled) -> PyTree:
 @trace.register
 def _(op: Sum, *, key: Key | None = None) -> Array:
     keys = [None] * len(op.terms) if key is None else list(jax.random.split(key, len(op.terms)))
-    return sum(trace(term, key=term_key) for term, term_key in zip(op.terms, keys, strict=True))
+    return jnp.sum(jnp.stack([trace(term, key=term_key) for term, term_key in zip(op.terms, keys, strict=True)]))
 
 
 @trace.register

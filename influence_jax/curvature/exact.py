@@ -10,6 +10,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,10 @@ class OverData(LinearOperator, abc.ABC):
     def whole(self, params: PyTree) -> PyTree:
         """The full parameter tree the objective is called with."""
         return params if self.frozen is None else self.frozen.merge(params)
+
+    def loss(self, params: PyTree, example: PyTree) -> Array:
+        """The loss of one example at the parameters of this block."""
+        return as_objective(self.objective)(self.whole(params), example)
 
     @abc.abstractmethod
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
@@ -147,12 +152,17 @@ class GGN(OverData):
     def psd(self) -> bool:
         return True
 
+    @property
+    def split(self) -> Objective:
+        """The objective, known to be split into prediction and loss."""
+        return cast(Objective, self.objective)
+
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def outputs(p: PyTree) -> PyTree:
-            return jax.vmap(partial(self.objective.output, self.whole(p)))(batch)
+            return jax.vmap(partial(self.split.output, self.whole(p)))(batch)
 
         def cost(out: PyTree) -> Array:
-            return _weighted_sum(jax.vmap(self.objective.cost)(out, batch), weights)
+            return _weighted_sum(jax.vmap(self.split.cost)(out, batch), weights)
 
         out, tangent = jax.jvp(outputs, (params,), (v,))
         return jax.vjp(outputs, params)[1](jax.jvp(jax.grad(cost), (out,), (tangent,))[1])[0]
@@ -189,7 +199,7 @@ class EmpiricalFisher(OverData):
 
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def losses(p: PyTree) -> Array:
-            return jax.vmap(partial(self.objective, self.whole(p)))(batch)
+            return jax.vmap(partial(self.loss, p))(batch)
 
         values, tangent = jax.jvp(losses, (params,), (v,))
         return jax.vjp(losses, params)[1](tangent * weights.astype(values.dtype))[0]
@@ -203,7 +213,7 @@ def _as_weights(weights: Array, count: int, dtype: np.dtype) -> Array:
         total = jnp.sum(weights)
         if not (jnp.isfinite(total) and total != 0):
             raise ValueError(f"weights: they sum to {total}, expected a finite number other than zero")
-    return weights.astype(jnp.promote_types(dtype, weights.dtype))
+    return weights.astype(dtype)
 
 
 def _weighted_sum(losses: Array, weights: Array) -> Array:
@@ -212,7 +222,7 @@ def _weighted_sum(losses: Array, weights: Array) -> Array:
 
 
 def _weighted_loss(op: OverData, batch: PyTree, weights: Array, params: PyTree) -> Array:
-    return _weighted_sum(jax.vmap(partial(op.objective, op.whole(params)))(batch), weights)
+    return _weighted_sum(jax.vmap(partial(op.loss, params))(batch), weights)
 
 
 def sum_over_data(

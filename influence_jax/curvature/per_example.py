@@ -35,24 +35,24 @@ MAX_ROWS = 32
 
 def row_count(op: OverData) -> int:
     """Rows of each example's factor: the number of outputs for GGN, one for the empirical Fisher."""
-    if isinstance(op, EmpiricalFisher):
+    if not isinstance(op, GGN):
         return 1
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), op.data)
-    return tree.size(jax.eval_shape(lambda p, z: op.objective.output(op.whole(p), z), op.params, one))
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), op.data)
+    return tree.size(jax.eval_shape(partial(_output, op), op.params, example))
 
 
 def _output(op: GGN, params: PyTree, example: PyTree) -> Array:
     """The model's output as one flat array `(C,)`."""
-    out = op.objective.output(op.whole(params), example)
+    out = op.split.output(op.whole(params), example)
     return tree.flatten(tree.promote(out), out)
 
 
 def _output_hessian(op: GGN, params: PyTree, example: PyTree) -> Array:
     """The loss Hessian in the flat output, `(C, C)`."""
-    like = jax.eval_shape(lambda p: op.objective.output(op.whole(p), example), params)
+    like = jax.eval_shape(lambda p: op.split.output(op.whole(p), example), params)
 
     def cost(flat: Array) -> Array:
-        return op.objective.cost(tree.cast_like(tree.unflatten(flat, like), like), example)
+        return op.split.cost(tree.cast_like(tree.unflatten(flat, like), like), example)
 
     return jax.hessian(cost)(_output(op, params, example))
 
@@ -67,12 +67,12 @@ def _square_root(matrix: Array) -> Array:
 
 def _factors(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:
     """`(L_i, R_i)`, stacks with leaves `(C, *leaf)`."""
-    if isinstance(op, EmpiricalFisher):
-        gradient = tree.stack_of_one(jax.grad(lambda p: op.objective(op.whole(p), example))(params))
-        return gradient, gradient
-    out, pullback = jax.vjp(lambda p: _output(op, p, example), params)
-    (jacobian,) = jax.vmap(pullback)(jnp.eye(out.size, dtype=out.dtype))
-    return jacobian, tree.combine(_output_hessian(op, params, example), jacobian)
+    if isinstance(op, GGN):
+        out, pullback = jax.vjp(lambda p: _output(op, p, example), params)
+        (jacobian,) = jax.vmap(pullback)(jnp.eye(out.size, dtype=out.dtype))
+        return jacobian, tree.combine(_output_hessian(op, params, example), jacobian)
+    gradient = tree.stack_of_one(jax.grad(op.loss)(params, example))
+    return gradient, gradient
 
 
 def _chunk(op: OverData, rows: int) -> int:
@@ -129,7 +129,7 @@ def _(op: OverData, *, key: Key | None = None) -> Array:
 @root.register
 def _(op: EmpiricalFisher) -> Root:
     def row(params: PyTree, example: PyTree) -> Array:
-        return op.objective(op.whole(params), example)[None]
+        return op.loss(params, example)[None]
 
     return _root(op, row)
 

@@ -108,9 +108,11 @@ class Diagonal(LinearOperator):
         return self._times(V)
 
     def _times(self, v: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda d, x: (jnp.expand_dims(d, tuple(range(x.ndim - d.ndim))) * x).astype(x.dtype), self.tree, v
-        )
+        def leaf_times(d: Array, x: Array) -> Array:
+            dtype = tree.widest(d.dtype, x.dtype)
+            return (jnp.broadcast_to(d.astype(dtype), x.shape) * x.astype(dtype)).astype(x.dtype)
+
+        return jax.tree.map(leaf_times, self.tree, v)
 
     @property
     def space(self) -> PyTree:
@@ -187,7 +189,7 @@ class LowRank(LinearOperator):
     def mm(self, V: PyTree) -> PyTree:
         tree.check_stack(V, self.space, "V")
         coefficients = tree.gram(V, self.basis)
-        return tree.cast_like(tree.combine(coefficients * self.values.astype(coefficients.dtype), self.basis), V)
+        return tree.cast_like(tree.combine(coefficients * self.values.astype(coefficients.dtype)[None], self.basis), V)
 
     @property
     def space(self) -> PyTree:

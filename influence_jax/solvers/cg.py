@@ -177,4 +177,4 @@ def _step(
     beta = jnp.where(usable, rz / jnp.where(usable, it.rz, 1), 0)
     p = tree.where_rows(usable, tree.add_scaled_rows(z, beta, it.p), it.p)
     active = usable & (tree.norms(r) > tolerance)
-    return _Iterate(x, r, p, rz, active, it.steps + usable, lowest, highest, it.step + 1)
+    return _Iterate(x, r, p, rz, active, it.steps + usable.astype(jnp.int32), lowest, highest, it.step + 1)

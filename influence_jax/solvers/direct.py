@@ -61,8 +61,12 @@ class Direct(Solver):
         return CholeskyState(op, damping, jnp.linalg.cholesky(damped))
 
     def apply_many(self, state: CholeskyState | SpectralState, V: PyTree) -> tuple[PyTree, Info]:
-        solve = cholesky_solve if isinstance(state, CholeskyState) else spectral_solve
-        return implicit_solve(state.op, state.damping, V, lambda B: solve(lax.stop_gradient(state), B))
+        fixed = lax.stop_gradient(state)
+
+        def solve(B: PyTree) -> tuple[PyTree, Info]:
+            return cholesky_solve(fixed, B) if isinstance(fixed, CholeskyState) else spectral_solve(fixed, B)
+
+        return implicit_solve(state.op, state.damping, V, solve)
 
     def with_damping(self, state: CholeskyState | SpectralState, damping: Array) -> SpectralState:
         if isinstance(state, CholeskyState):
@@ -148,7 +152,8 @@ def spectral_solve(state: SpectralState, B: PyTree) -> tuple[PyTree, Info]:
 
     def divide(coordinate: Array, value: Array) -> Array:
         dead = _singular(jnp.abs(value), largest, state.op.size)
-        return jnp.where(dead, 0.0, coordinate / jnp.where(dead, 1.0, value)).astype(coordinate.dtype)
+        inverse = jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, value)).astype(coordinate.dtype)
+        return coordinate * jnp.broadcast_to(inverse, coordinate.shape)
 
     X = tree.cast_like(from_basis(jax.tree.map(divide, to_basis(B), damped)), B)
     singular = _singular(jnp.min(jnp.abs(entries)), largest, state.op.size)

@@ -1,0 +1,35 @@
+"""Test settings: 64-bit mode, strict promotion, eight host devices, one BLAS thread.
+
+These are settings of the tests, never of the library.
+"""
+
+import os
+
+# Before jax is imported. LAPACK slows down many times over when its threads fight with the other test processes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=15, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def float32():
+    """Run a test as most users do, with 64-bit mode off."""
+    with jax.enable_x64(False):
+        yield

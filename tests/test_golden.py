@@ -1,0 +1,142 @@
+"""Parity with stored float64 arrays: independent torch.func references, and pyDVL's direct method.
+
+`tests/golden/README.md` says what each array is.
+"""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import influence_jax as ij
+
+CURVATURES = {"H": ij.Hessian, "GGN": ij.GGN, "EF": ij.EmpiricalFisher}
+
+
+class Golden:
+    """One stored problem: objective, parameters, data and the arrays to be met."""
+
+    def __init__(self, file: str, objective: ij.Objective, layers: dict[str, str], dtype: type) -> None:
+        self.arrays = np.load(helpers.GOLDEN / file)
+        self.objective = objective
+        work = {name.removeprefix("work/"): self.arrays[name] for name in self.arrays.files if name[:5] == "work/"}
+        weights = {name.removeprefix("param64/"): value for name, value in work.items() if name[:8] == "param64/"}
+        cast = lambda x: jnp.asarray(x, dtype if np.issubdtype(x.dtype, np.floating) else jnp.int32)
+        self.params = jax.tree.map(cast, helpers.torch_layers(weights, layers))
+        self.train = ij.Batch(cast(work["x_train"]), cast(work["y_train"]))
+        self.query = ij.Batch(cast(work["x_test"]), cast(work["y_test"]))
+        self.columns = jax.tree.map(lambda x: x[:50], self.train)
+
+    def reference(self, name: str) -> np.ndarray:
+        return self.arrays[f"ref/{name}"]
+
+    def influence(self, curvature: str, solver: ij.Solver) -> ij.Influence:
+        op = CURVATURES[curvature](self.objective, self.params, self.train)
+        return ij.Influence(self.objective, self.params, ij.invert(op, solver))
+
+
+def affine_layer(params: dict, example: ij.Batch) -> jax.Array:
+    return helpers.affine(params["lin"], example)
+
+
+LINEAR = ij.Objective(affine_layer, helpers.squared_loss)
+
+
+def linear_regression(dtype: type = jnp.float64) -> Golden:
+    return Golden("linear_regression.npz", LINEAR, {"lin": "lin"}, dtype)
+
+
+def digits(dtype: type = jnp.float64) -> Golden:
+    return Golden("digits_mlp_small.npz", helpers.CLASSIFICATION, {"fc1": "fc1", "fc2": "fc2"}, dtype)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_linear_regression_matrix(curvature):
+    golden = linear_regression()
+    dense = ij.to_dense(CURVATURES[curvature](golden.objective, golden.params, golden.train))
+    order = helpers.torch_order(golden.params)
+    assert helpers.relative_error(dense[order][:, order], golden.reference(curvature)) < 1e-9
+
+
+def test_linear_regression_gradients():
+    golden = linear_regression()
+    grads = ij.per_example_grads(golden.objective, golden.params, golden.query)
+    assert helpers.relative_error(helpers.torch_flat(grads), golden.reference("grads_test")) < 1e-9
+
+
+@pytest.mark.parametrize("solver", [ij.Direct, ij.Eigh, lambda damping: ij.CG(damping, rtol=1e-13)])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_linear_regression_influence(curvature, solver):
+    golden = linear_regression()
+    influence = golden.influence(curvature, solver(1e-3))
+    factors = influence.influence_factors(golden.query)
+    scores = influence.influences_from_factors(factors, golden.columns)
+    perturbed = influence.influences_from_factors(factors, golden.columns, "perturbation")
+    assert helpers.relative_error(helpers.torch_flat(factors), golden.reference(f"factors_{curvature}_lam0.001")) < 1e-9
+    assert helpers.relative_error(scores, golden.reference(f"infl_{curvature}_lam0.001")) < 1e-9
+    assert helpers.relative_error(perturbed[:6], golden.reference(f"pert_{curvature}_lam0.001")) < 1e-9
+    assert helpers.relative_error(influence.influences(golden.query, golden.columns), scores) < 1e-12
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_digits_influence(curvature):
+    golden = digits()
+    influence = golden.influence(curvature, ij.Eigh(1e-2))
+    factors = influence.influence_factors(golden.query)
+    got = helpers.torch_flat(factors)[:4]
+    assert helpers.relative_error(got, golden.reference(f"factors_{curvature}_lam0.01")) < 1e-9
+    scores = influence.influences(golden.query, golden.columns)
+    assert helpers.relative_error(scores, golden.reference(f"infl_{curvature}_lam0.01")) < 1e-9
+    if curvature != "EF":
+        query = jax.tree.map(lambda x: x[:4], golden.query)
+        perturbed = influence.influences(query, golden.columns, "perturbation")
+        assert helpers.relative_error(perturbed, golden.reference(f"pert_{curvature}_lam0.01")) < 1e-9
+        other = ij.Influence(golden.objective, golden.params, influence.inverse.with_damping(1e-3))
+        scores = other.influences(golden.query, golden.columns)
+        assert helpers.relative_error(scores, golden.reference(f"infl_{curvature}_lam0.001")) < 1e-9
+
+
+@pytest.mark.parametrize("curvature", ["GGN", "EF"])
+def test_digits_cholesky_and_cg(curvature):
+    golden = digits()
+    expected = golden.reference(f"infl_{curvature}_lam0.01")
+    for solver in (ij.Direct(1e-2), ij.CG(1e-2, rtol=1e-12)):
+        scores = golden.influence(curvature, solver).influences(golden.query, golden.columns)
+        assert helpers.relative_error(scores, expected) < 1e-9
+
+
+@pytest.mark.parametrize("solver", [ij.Direct(1e-2), ij.CG(1e-2)], ids=["direct", "cg"])
+@pytest.mark.parametrize("problem", [linear_regression, digits])
+@pytest.mark.parametrize("curvature", ["H", "GGN"])
+def test_float32(float32, problem, curvature, solver):
+    """Factors, scores and perturbations in single precision, with the solver's default tolerance."""
+    golden = problem(jnp.float32)
+    influence = golden.influence(curvature, solver)
+    scores = influence.influences(golden.query, golden.columns)
+    assert scores.dtype == jnp.float32
+    assert helpers.relative_error(scores, golden.reference(f"infl_{curvature}_lam0.01")) < 1e-4
+    factors = helpers.torch_flat(influence.influence_factors(golden.query))
+    expected = golden.reference(f"factors_{curvature}_lam0.01")
+    assert helpers.relative_error(factors[: len(expected)], expected) < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_tiny_mlp_against_pydvl(loss):
+    """pyDVL's DirectInfluence on an indefinite Hessian: factors, up, perturbation and the symmetric case."""
+    arrays = np.load(helpers.GOLDEN / "tiny_mlp_pydvl_direct.npz")
+    arrays = {name.removeprefix(f"{loss}/"): arrays[name] for name in arrays.files if name.startswith(loss)}
+    weights = {name.removeprefix("param/"): arrays[name] for name in arrays if name.startswith("param/")}
+    params = jax.tree.map(jnp.asarray, helpers.torch_layers(weights, {"layer0": "0", "layer2": "2"}))
+    objective = {"mse": helpers.REGRESSION, "ce": helpers.CLASSIFICATION}[loss]
+    train, query = ij.Batch(arrays["x"], arrays["y"]), ij.Batch(arrays["x_test"], arrays["y_test"])
+    hessian = ij.Hessian(objective, params, train)
+    order = helpers.torch_order(params)
+    assert helpers.relative_error(ij.to_dense(hessian)[order][:, order], arrays["hessian"]) < 1e-9
+    influence = ij.Influence(objective, params, ij.invert(hessian, ij.Direct(float(arrays["regularization"]))))
+    factors = influence.influence_factors(query)
+    assert helpers.relative_error(helpers.torch_flat(factors), arrays["full/factors_test"]) < 1e-9
+    assert helpers.relative_error(influence.influences(query, train), arrays["full/up"]) < 1e-9
+    assert helpers.relative_error(influence.influences(train, train), arrays["full/up_sym"]) < 1e-9
+    perturbed = influence.influences(query, train, "perturbation")
+    assert helpers.relative_error(perturbed, arrays["full/perturbation"]) < 1e-9
