@@ -142,25 +142,28 @@ class _Fold:
     chunks: int
     length: int
 
-    def split(self, batch: PyTree) -> PyTree:
-        """Leaves `(N, ...)` to `(chunks, length, ...)`, padded with the last example."""
+    def part(self, batch: PyTree, number: Array) -> tuple[PyTree, Array]:
+        """One chunk, leaves `(length, ...)`, and its examples' indices; those `>= count` are padding.
 
-        def leaf_split(x: Array) -> Array:
-            padding = self.chunks * self.length - self.count
-            if padding:
-                x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (padding, *x.shape[1:]))])
-            return rearrange(x, "(length chunks) ... -> chunks length ...", chunks=self.chunks)
+        Slices inside the loop, so that no second copy of the data is laid out.
+        """
+        indices = number + self.chunks * jnp.arange(self.length, dtype=jnp.int32)
 
-        return jax.tree.map(leaf_split, batch)
+        def leaf_part(x: Array) -> Array:
+            if self.chunks * self.length == self.count:
+                folded = rearrange(x, "(length chunks) ... -> length chunks ...", chunks=self.chunks)
+                return lax.dynamic_index_in_dim(folded, number, axis=1, keepdims=False)
+            return jnp.take(x, jnp.minimum(indices, self.count - 1), axis=0)
+
+        return jax.tree.map(leaf_part, batch), indices
+
+    def numbers(self) -> Array:
+        """Of the chunks, `(chunks,)`."""
+        return jnp.arange(self.chunks, dtype=jnp.int32)
 
     def join(self, folded: PyTree) -> PyTree:
         """Leaves `(chunks, length, ...)` back to `(N, ...)`."""
         return jax.tree.map(lambda x: rearrange(x, "chunks length ... -> (length chunks) ...")[: self.count], folded)
-
-    def indices(self) -> Array:
-        """Index of the example at each place, `(chunks, length)`; padding has indices `>= count`."""
-        places = jnp.arange(self.chunks * self.length, dtype=jnp.int32)
-        return rearrange(places, "(length chunks) -> chunks length", chunks=self.chunks)
 
 
 def _fold(count: int, chunk: int | None) -> _Fold:
@@ -178,7 +181,7 @@ def scan_chunks(
     fold = _fold(jax.tree.leaves(batch)[0].shape[0], chunk)
     if fold.chunks == 1:
         return step(carry, batch, jnp.arange(fold.count, dtype=jnp.int32))
-    return lax.scan(lambda c, xs: (step(c, *xs), None), carry, (fold.split(batch), fold.indices()))[0]
+    return lax.scan(lambda c, number: (step(c, *fold.part(batch, number)), None), carry, fold.numbers())[0]
 
 
 def sum_over(
@@ -218,7 +221,7 @@ def map_chunks(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | No
     fold = _fold(jax.tree.leaves(batch)[0].shape[0], chunk)
     if fold.chunks == 1:
         return fn(batch)
-    return fold.join(lax.map(fn, fold.split(batch)))
+    return fold.join(lax.map(lambda number: fn(fold.part(batch, number)[0]), fold.numbers()))
 
 
 def map_over(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | None = None) -> PyTree:

@@ -3,6 +3,8 @@
 These are settings of the tests, never of the library.
 """
 
+import contextlib
+import logging
 import os
 
 # Before jax is imported. LAPACK slows down many times over when its threads fight with the other test processes.
@@ -33,3 +35,27 @@ def float32():
     """Run a test as most users do, with 64-bit mode off."""
     with jax.enable_x64(False):
         yield
+
+
+@pytest.fixture
+def compilations():
+    """A context manager that yields the list of programs compiled inside it."""
+
+    @contextlib.contextmanager
+    def record():
+        names: list[str] = []
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if record.getMessage().startswith("Compiling "):
+                    names.append(record.getMessage().split()[1])
+
+        logger, handler = logging.getLogger("jax"), Handler()
+        logger.addHandler(handler)
+        try:
+            with jax.log_compiles():
+                yield names
+        finally:
+            logger.removeHandler(handler)
+
+    return record

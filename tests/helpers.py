@@ -135,4 +135,4 @@ def dense_reference(kind: type, objective: ij.Objective, params: Any, data: Any,
         jacobian = jax.jacobian(lambda f: objective.predict(ij.unflatten(f, params), example))(flat)
         return jacobian.T @ jax.hessian(lambda o: objective.loss(o, example))(out) @ jacobian
 
-    return jnp.einsum("n,nij->ij", weights, jax.vmap(of_one)(data)) / jnp.sum(weights)
+    return jnp.einsum("n,nij->ij", weights, jax.jit(jax.vmap(of_one))(data)) / jnp.sum(weights)

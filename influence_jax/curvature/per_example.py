@@ -62,7 +62,7 @@ def _square_root(matrix: Array) -> Array:
     values, vectors = jnp.linalg.eigh(matrix)
     rounding = 10 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
     roots = jnp.where(values < -rounding, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
-    return vectors * roots
+    return vectors * roots[None]
 
 
 def _factors(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:

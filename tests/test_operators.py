@@ -1,0 +1,375 @@
+"""Laws of the operators: linear, self-adjoint, equal to an independent dense matrix, indifferent to how data is cut."""
+
+import dataclasses
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error, tree_error
+from hypothesis import given, strategies as st
+
+import influence_jax as ij
+from influence_jax.curvature import Restricted, Scaled, Sum
+
+OVER_DATA = [ij.Hessian, ij.GGN, ij.EmpiricalFisher]
+COUNT = 13
+
+
+def dead_unit(params: dict, example: ij.Batch) -> jax.Array:
+    """A network whose parameter `unused` never matters, without biases."""
+    return jnp.tanh(example.x @ params["first"]) @ params["second"] + 0.0 * jnp.sum(params["unused"])
+
+
+def dead_params(key: jax.Array) -> dict:
+    return helpers.random_like(key, {"first": jnp.ones((5, 4)), "second": jnp.ones((4, 3)), "unused": jnp.ones(2)})
+
+
+MODELS = {
+    "regression": (helpers.REGRESSION, helpers.random_mlp, False),
+    "classification": (helpers.CLASSIFICATION, helpers.random_mlp, True),
+    "dead, bias-free": (ij.Objective(dead_unit, helpers.cross_entropy), dead_params, True),
+}
+
+
+def problem(model: str, count: int = COUNT, seed: int = 0):
+    objective, init, classes = MODELS[model]
+    key_params, key_data = jax.random.split(jax.random.key(seed))
+    return objective, init(key_params), helpers.random_batch(key_data, count, 5, 3, classes=classes)
+
+
+def operators(model: str = "classification") -> dict[str, ij.LinearOperator]:
+    """Every kind of operator on one space."""
+    objective, params, data = problem(model)
+    key = jax.random.key(7)
+    ggn = ij.GGN(objective, params, data)
+    rows = jnp.linalg.qr(jax.random.normal(key, (ggn.size, 5)))[0].T
+    names = [name for name, _ in ij.tree.named_leaves(params)]
+    return {
+        "Hessian": ij.Hessian(objective, params, data),
+        "GGN": ggn,
+        "EmpiricalFisher": ij.EmpiricalFisher(objective, params, data, chunk=4),
+        "weighted": ij.GGN(objective, params, data, weights=jnp.arange(1.0, COUNT + 1)),
+        "Identity": ij.Identity(params),
+        "Diagonal": ij.Diagonal(helpers.random_like(key, params)),
+        "LowRank": ij.LowRank(ij.unflatten(rows, params), jnp.array([3.0, 2.0, 1.0, -0.5, 0.1])),
+        "Sum": ggn + 0.3 * ij.Identity(params),
+        "Scaled": 2.5 * ggn,
+        "Inverse": ij.invert(ggn, ij.Direct(0.1)),
+        "restricted GGN": ij.restrict(ggn, names[:2]),
+        "Restricted": Restricted(ggn, tuple(names[1:3])),
+    }
+
+
+NAMES = list(operators())
+
+
+@pytest.fixture(scope="module")
+def all_operators():
+    return operators()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_linear_and_self_adjoint(all_operators, name):
+    op = all_operators[name]
+    keys = jax.random.split(jax.random.key(1))
+    u, v = (helpers.random_like(k, op.space) for k in keys)
+    combined = op.mv(jax.tree.map(lambda a, b: 2.0 * a - 3.0 * b, u, v))
+    expected = jax.tree.map(lambda a, b: 2.0 * a - 3.0 * b, op.mv(u), op.mv(v))
+    assert tree_error(combined, expected) < 1e-12
+    left, right = ij.tree.dot(u, op.mv(v)), ij.tree.dot(op.mv(u), v)
+    assert abs(left - right) < 1e-12 * jnp.sqrt(ij.tree.dot(u, u) * ij.tree.dot(op.mv(v), op.mv(v)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_equal_dense(all_operators, name):
+    """`mv`, `mm`, `to_dense`, `diagonal` and `trace` are one matrix."""
+    op = all_operators[name]
+    V = helpers.random_like(jax.random.key(2), op.space, rows=6)
+    dense = ij.to_dense(op)
+    expected = ij.flatten(V, op.space) @ dense
+    assert relative_error(ij.flatten(op.mm(V), op.space), expected) < 1e-12
+    for row in (0, 5):
+        product = op.mv(jax.tree.map(lambda x, row=row: x[row], V))
+        assert relative_error(ij.flatten(product, op.space), expected[row]) < 1e-12
+    assert relative_error(ij.flatten(ij.diagonal(op), op.space), jnp.diag(dense)) < 1e-12
+    assert abs(ij.trace(op) - jnp.trace(dense)) < 1e-12 * jnp.linalg.norm(dense)
+    assert op.size == len(dense)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_psd_is_true_where_claimed(all_operators, name):
+    op = all_operators[name]
+    eigenvalues = jnp.linalg.eigvalsh(ij.to_dense(op))
+    if op.psd:
+        assert eigenvalues[0] >= -1e-12 * eigenvalues[-1]
+    assert op.psd == (name not in ("Hessian", "Diagonal", "LowRank"))
+
+
+def test_multiples_that_are_not_psd():
+    op = operators()["GGN"]
+    assert not (-1.0 * op).psd
+    assert not (jnp.array(2.0) * op).psd, "a traced or array factor has an unknown sign"
+    assert (op + op).psd
+    assert not (op + -1.0 * op).psd
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", OVER_DATA)
+@pytest.mark.parametrize(("count", "chunk"), [(1, None), (COUNT, None), (COUNT, 5)])
+def test_equals_independent_dense_reference(kind, model, count, chunk):
+    objective, params, data = problem(model, count)
+    weights = jnp.linspace(0.5, 2.0, count) if chunk else None
+    expected = helpers.dense_reference(kind, objective, params, data, weights)
+    op = kind(objective, params, data, weights=weights, chunk=chunk)
+    v = helpers.random_like(jax.random.key(3), params)
+    product = ij.flatten(op.mv(v), params)
+    assert relative_error(product, expected @ ij.flatten(v, params)) < 1e-11
+    assert relative_error(ij.to_dense(op), expected) < 1e-11
+    assert relative_error(ij.flatten(ij.diagonal(op), params), jnp.diag(expected)) < 1e-11
+
+
+@pytest.mark.parametrize("kind", OVER_DATA)
+@given(chunk=st.sampled_from([1, 2, 5, 12, 100]), seed=st.integers(0, 3))
+def test_chunks_padding_and_order_do_not_matter(kind, chunk, seed):
+    objective, params, data = problem("classification")
+    order = jax.random.permutation(jax.random.key(seed), COUNT)
+    weights = jnp.linspace(0.1, 1.0, COUNT)
+    shuffled = jax.tree.map(lambda x: x[order], data)
+    v = helpers.random_like(jax.random.key(3), params)
+    expected = kind(objective, params, data, weights=weights).mv(v)
+    got = kind(objective, params, shuffled, weights=weights[order], chunk=chunk).mv(v)
+    assert tree_error(got, expected) < 1e-12
+
+
+def test_padding_never_evaluates_an_invalid_example():
+    """A loss that is singular at zero stays finite in a ragged tail: padding repeats a real example."""
+    objective = ij.Objective(lambda p, z: p["w"] * z, lambda out, z: jnp.log(out))
+    data = jnp.arange(1.0, 6.0)
+    for kind in OVER_DATA:
+        op = kind(objective, {"w": jnp.array(2.0)}, data, chunk=3)
+        assert jnp.isfinite(op.mv({"w": jnp.array(1.0)})["w"])
+
+
+@pytest.mark.parametrize("kind", OVER_DATA)
+def test_integer_weights_are_repetitions(kind):
+    objective, params, data = problem("regression", 5)
+    counts = np.array([1, 3, 0, 2, 1])
+    repeated = jax.tree.map(lambda x: np.repeat(x, counts, axis=0), data)
+    v = helpers.random_like(jax.random.key(3), params)
+    weighted = kind(objective, params, data, weights=jnp.asarray(counts, jnp.float64), chunk=2)
+    assert tree_error(weighted.mv(v), kind(objective, params, repeated).mv(v)) < 1e-12
+
+
+def test_ggn_equals_hessian_on_a_linear_model_and_fisher_identity():
+    """No model curvature: GGN is the Hessian. Softmax: GGN is the expectation of gg^T over the model's own labels."""
+    key = jax.random.key(0)
+    params = {"kernel": jax.random.normal(key, (5, 3)), "bias": jnp.zeros(3)}
+    data = helpers.random_batch(key, COUNT, 5, 3, classes=True)
+    objective = ij.Objective(helpers.affine, helpers.cross_entropy)
+    ggn = ij.to_dense(ij.GGN(objective, params, data))
+    assert relative_error(ggn, ij.to_dense(ij.Hessian(objective, params, data))) < 1e-12
+    fisher = 0.0
+    logits = jax.vmap(helpers.affine, (None, 0))(params, data)
+    for label in range(3):
+        relabelled = ij.Batch(data.x, jnp.full(COUNT, label))
+        grads = ij.flatten(ij.per_example_grads(objective, params, relabelled), params)
+        fisher += jnp.einsum("n,ni,nj->ij", jax.nn.softmax(logits)[:, label], grads, grads) / COUNT
+    assert relative_error(ggn, fisher) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Hessian", "GGN", "EmpiricalFisher", "Sum", "LowRank", "Inverse"])
+def test_jit_and_vmap_agree_with_plain_calls(all_operators, name):
+    op = all_operators[name]
+    V = helpers.random_like(jax.random.key(2), op.space, rows=3)
+    plain = op.mm(V)
+    rows = jax.vmap(op.mv)(V)
+    assert tree_error(jax.jit(lambda op, V: op.mm(V))(op, V), plain) < 1e-12
+    assert tree_error(rows, plain) < 1e-12
+    with jax.disable_jit():
+        assert tree_error(op.mv(jax.tree.map(lambda x: x[1], V)), jax.tree.map(lambda x: x[1], plain)) < 1e-12
+
+
+@pytest.mark.parametrize("rhs_chunk", [1, 2, 5, 64])
+def test_groups_of_right_hand_sides_do_not_matter(rhs_chunk):
+    objective, params, data = problem("classification")
+    V = helpers.random_like(jax.random.key(2), params, rows=5)
+    op = ij.GGN(objective, params, data)
+    assert tree_error(dataclasses.replace(op, rhs_chunk=rhs_chunk).mm(V), op.mm(V)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", OVER_DATA)
+def test_second_call_compiles_nothing(kind, compilations):
+    objective, params, data = problem("classification", 11)
+    v = helpers.random_like(jax.random.key(2), params)
+    kind(objective, params, data, chunk=4).mv(v)
+    moved = jax.tree.map(lambda x: x + 0.1, params)
+    jax.block_until_ready(moved)
+    with compilations() as names:
+        kind(objective, moved, data, chunk=4).mv(v)
+    assert names == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("params_dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("kind", OVER_DATA)
+def test_products_keep_the_dtype_of_the_vector(kind, params_dtype, dtype):
+    """The vector decides the precision: float32 vectors get float32 products from bfloat16 parameters."""
+    objective = ij.Objective(lambda p, z: z.x.astype(p["w"].dtype) @ p["w"], helpers.cross_entropy)
+    key = jax.random.key(0)
+    data = helpers.random_batch(key, 6, 5, 3, classes=True)
+    exact = {"w": jax.random.normal(key, (5, 3)).astype(params_dtype).astype(jnp.float64)}
+    v = helpers.random_like(key, exact)
+    expected = kind(objective, exact, data).mv(v)
+    params = jax.tree.map(lambda x: x.astype(params_dtype), exact)
+    got = kind(objective, params, data).mv(jax.tree.map(lambda x: x.astype(dtype), v))
+    assert got["w"].dtype == dtype
+    tolerance = {jnp.bfloat16: 0.05, jnp.float32: 1e-5, jnp.float64: 1e-12}[dtype]
+    assert relative_error(got["w"].astype(jnp.float64), expected["w"]) < tolerance
+
+
+@pytest.mark.parametrize("kind", [ij.GGN, ij.EmpiricalFisher])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_root(kind, weighted):
+    r"""$A v = \sum_i \omega_i R_i^\top R_i v$, and transpose is the adjoint of apply."""
+    objective, params, data = problem("classification")
+    weights = jnp.linspace(0.5, 2.0, COUNT) if weighted else None
+    op = kind(objective, params, data, weights=weights, chunk=5)
+    root = ij.root(op)
+    v = helpers.random_like(jax.random.key(4), params)
+    rows = root.apply(v)
+    assert rows.shape == (COUNT, 1 if kind is ij.EmpiricalFisher else 3)
+    assert abs(jnp.sum(root.weights) - 1) < 1e-12
+    assert tree_error(root.transpose(root.weights[:, None] * rows), op.mv(v)) < 1e-12
+    u = jax.random.normal(jax.random.key(5), rows.shape)
+    assert abs(jnp.sum(u * rows) - ij.tree.dot(root.transpose(u), v)) < 1e-11
+    doubled = ij.root(2.0 * op)
+    assert relative_error(doubled.weights, 2 * root.weights) < 1e-12
+
+
+def test_root_of_a_loss_that_is_not_convex_is_nan():
+    objective = ij.Objective(lambda p, z: p["w"] * z, lambda out, z: -(out**2))
+    op = ij.GGN(objective, {"w": jnp.array(1.0)}, jnp.arange(1.0, 4.0))
+    assert jnp.all(jnp.isnan(ij.root(op).apply({"w": jnp.array(1.0)})))
+
+
+@pytest.mark.parametrize("name", ["Identity", "Diagonal", "LowRank"])
+@pytest.mark.parametrize("factor", [1.0, -2.0])
+def test_spectral_closed_forms(all_operators, name, factor):
+    op = all_operators[name] if factor == 1.0 else factor * all_operators[name]
+    V = helpers.random_like(jax.random.key(2), op.space, rows=4)
+    to_basis, from_basis, values = ij.spectral(op)
+    coordinates = to_basis(V)
+    assert tree_error(from_basis(coordinates), V) < 1e-12
+    scaled = jax.tree.map(lambda c, d: c * jnp.broadcast_to(d, c.shape), coordinates, values)
+    assert tree_error(from_basis(scaled), op.mm(V)) < 1e-12
+
+
+def test_full_rank_spectral_has_no_complement():
+    rows = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (4, 4)))[0]
+    op = ij.LowRank({"w": rows}, jnp.arange(1.0, 5.0))
+    assert ij.spectral(op).values.shape == (4,)
+    assert relative_error(ij.to_dense(op), rows.T @ jnp.diag(jnp.arange(1.0, 5.0)) @ rows) < 1e-12
+
+
+@pytest.mark.parametrize("kind", OVER_DATA)
+def test_sums_of_two_halves_add_up(kind):
+    objective, params, data = problem("classification")
+    weights = jnp.linspace(0.5, 2.0, COUNT)
+    V = helpers.random_like(jax.random.key(2), params, rows=2)
+    parts = []
+    for part in (slice(0, 5), slice(5, COUNT)):
+        half = jax.tree.map(lambda x, part=part: x[part], data)
+        parts.append(ij.sums(kind(objective, params, half, weights=weights[part]), V))
+    total = jax.tree.map(jnp.add, *(product for product, _ in parts))
+    mean = jax.tree.map(lambda x: x / (parts[0][1] + parts[1][1]), total)
+    assert tree_error(mean, kind(objective, params, data, weights=weights).mm(V)) < 1e-12
+    scaled = ij.sums(3.0 * kind(objective, params, data), V)
+    assert tree_error(jax.tree.map(lambda x: x / (3.0 * scaled[1]), scaled[0]), kind(objective, params, data).mm(V)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", OVER_DATA)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_minibatches_are_unbiased(kind, weighted):
+    """The mean over all minibatches of one example, and over all of two, is the whole operator, weights or not."""
+    objective, params, data = problem("classification", 5)
+    weights = jnp.array([0.1, 1.0, 5.0, 2.0, 0.3]) if weighted else None
+    op = kind(objective, params, data, weights=weights) + 0.5 * ij.Identity(params)
+    v = helpers.random_like(jax.random.key(2), params)
+    ones = [ij.minibatch(op, jnp.array([i])).mv(v) for i in range(5)]
+    twos = [ij.minibatch(op, jnp.array([i, j])).mv(v) for i in range(5) for j in range(5)]
+    for products in (ones, twos):
+        mean = jax.tree.map(lambda *parts: sum(parts) / len(parts), *products)
+        assert tree_error(mean, op.mv(v)) < 1e-12
+    nested = ij.minibatch(ij.minibatch(op, jnp.array([4, 1, 2])), jnp.array([1]))
+    assert isinstance(nested, Sum)
+    assert tree_error(nested.mv(v), ones[1]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", OVER_DATA)
+@pytest.mark.parametrize("block", [("layer0/kernel",), ("layer0/bias", "layer1/kernel"), ("layer1/kernel", "layer1/bias")])
+def test_restrict_is_the_diagonal_block_in_the_same_class(kind, block):
+    objective, params, data = problem("classification")
+    op = kind(objective, params, data)
+    small = ij.restrict(op, block)
+    assert type(small) is kind
+    places = ij.flatten(ij.tree.unflatten(jnp.arange(float(op.size)), params), params).astype(int)
+    named = dict(ij.tree.named_leaves(ij.unflatten(places, params)))
+    chosen = jnp.concatenate([named[name].ravel() for name in sorted(block)])
+    expected = ij.to_dense(op)[chosen][:, chosen]
+    assert relative_error(ij.to_dense(small), expected) < 1e-12
+    assert relative_error(ij.to_dense(Restricted(op, tuple(sorted(block)))), expected) < 1e-12
+    again = ij.restrict(small, block[:1])
+    assert relative_error(ij.to_dense(again), ij.to_dense(ij.restrict(op, block[:1]))) < 1e-12
+    both = ij.restrict(2.0 * op + ij.Identity(params), block)
+    assert relative_error(ij.to_dense(both), 2 * expected + jnp.eye(len(expected))) < 1e-12
+
+
+def test_restrict_structured():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    diagonal = ij.Diagonal({"a": jnp.array([1.0, 2.0]), "b": jnp.arange(3.0)})
+    assert ij.to_dense(ij.restrict(diagonal, ("b",))).tolist() == jnp.diag(jnp.arange(3.0)).tolist()
+    low_rank = ij.LowRank(ij.unflatten(jnp.eye(5)[:2], params), jnp.array([2.0, 3.0]))
+    assert ij.to_dense(ij.restrict(low_rank, ("a",))).tolist() == [[2.0, 0.0], [0.0, 3.0]]
+    assert isinstance(ij.restrict(diagonal + 2.0 * low_rank, ("a",)), Sum)
+    assert isinstance(ij.restrict(2.0 * low_rank, ("a",)), Scaled)
+
+
+def test_hutchinson_trace_is_within_its_standard_error(monkeypatch):
+    """Rademacher probes: the variance of one is 2 (||A||_F^2 - sum of squared diagonal)."""
+    monkeypatch.setattr("influence_jax.curvature.capabilities.EXACT_TRACE_SIZE", 10)
+    op = operators()["Hessian"]
+    dense = ij.to_dense(op)
+    deviation = jnp.sqrt(2 * (jnp.sum(dense**2) - jnp.sum(jnp.diag(dense) ** 2)) / 64)
+    estimate = ij.trace(op, key=jax.random.key(0))
+    assert 0 < abs(estimate - jnp.trace(dense)) < 4 * deviation
+    with pytest.raises(ValueError, match=r"key: None.*estimated"):
+        ij.trace(op)
+
+
+def test_many_outputs_take_the_other_way_to_the_same_matrix():
+    """More outputs than rows are worth assembling: the matrix comes from products."""
+    key = jax.random.key(0)
+    params = {"kernel": jax.random.normal(key, (2, 40)), "bias": jnp.zeros(40)}
+    data = helpers.random_batch(key, 6, 2, 40, classes=True)
+    objective = ij.Objective(helpers.affine, helpers.cross_entropy)
+    op = ij.GGN(objective, params, data)
+    expected = helpers.dense_reference(ij.GGN, objective, params, data)
+    assert relative_error(ij.to_dense(op), expected) < 1e-12
+    assert relative_error(ij.flatten(ij.diagonal(op), params), jnp.diag(expected)) < 1e-12
+    assert abs(ij.trace(op) - jnp.trace(expected)) < 1e-12
+
+
+def test_memory_of_a_chunked_product_is_flat_in_the_data():
+    """Temporary memory does not grow with N, padded or not."""
+    from influence_jax.curvature.exact import _mean_product
+
+    params = helpers.random_mlp(jax.random.key(0), (64, 128, 10))
+    temporary = []
+    for count in (1024, 8192, 8191):
+        data = helpers.random_batch(jax.random.key(1), count, 64, 10, classes=True)
+        compiled = _mean_product.lower(ij.GGN(helpers.CLASSIFICATION, params, data, chunk=128), params).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    # What may grow is 12 bytes an example: its weight and its index.
+    assert max(temporary[1:]) < temporary[0] + 12 * 8192
