@@ -50,10 +50,11 @@ def from_linen(
       TypeError: If `rngs`, `mutable` or an array is passed as a keyword.
 
     Example:
+      >>> import influence_jax as ij
       >>> import flax.linen as nn
       >>> net = nn.Dense(2)
       >>> variables = net.init(jax.random.key(0), jnp.ones((1, 3)))
-      >>> objective, params = from_linen(net, variables, lambda out, z: jnp.sum((out - z["y"]) ** 2))
+      >>> objective, params = ij.from_linen(net, variables, lambda out, z: jnp.sum((out - z["y"]) ** 2))
       >>> objective(params, {"x": jnp.ones(3), "y": jnp.zeros(2)}).shape
       ()
     """
@@ -93,9 +94,10 @@ def from_nnx(
       ValueError: If the model has dropout or batch norm in training mode, or no parameters.
 
     Example:
+      >>> import influence_jax as ij
       >>> from flax import nnx
       >>> net = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-      >>> objective, params = from_nnx(net, lambda out, z: jnp.sum((out - z["y"]) ** 2))
+      >>> objective, params = ij.from_nnx(net, lambda out, z: jnp.sum((out - z["y"]) ** 2))
       >>> objective(params, {"x": jnp.ones(3), "y": jnp.zeros(2)}).shape
       ()
     """

@@ -40,7 +40,8 @@ class Batch:
       ValueError: If the leaves disagree in length, or there are no examples.
 
     Example:
-      >>> batch = Batch(np.ones((8, 2), np.float32), np.zeros(8, np.int32))
+      >>> import influence_jax as ij
+      >>> batch = ij.Batch(np.ones((8, 2), np.float32), np.zeros(8, np.int32))
       >>> len(batch)
       8
     """
@@ -114,12 +115,16 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
 
 def check_chunk(chunk: int | None, name: str = "chunk") -> None:
     """Raise unless `chunk` is None or a positive int."""
-    if chunk is None:
-        return
-    if isinstance(chunk, bool) or not isinstance(chunk, int | np.integer):
-        raise TypeError(f"{name}: got {chunk!r}, expected a positive int or None")
-    if chunk < 1:
-        raise ValueError(f"{name}: got {chunk}, expected a positive int or None")
+    if chunk is not None:
+        check_positive(chunk, name)
+
+
+def check_positive(count: int, name: str) -> None:
+    """Raise unless `count` is a positive int."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer):
+        raise TypeError(f"{name}: got {count!r}, expected a positive int")
+    if count < 1:
+        raise ValueError(f"{name}: got {count}, expected a positive int")
 
 
 def chunk_for(entries_per_example: int) -> int:

@@ -37,9 +37,10 @@ def per_example_grads(
       TypeError, ValueError: If an argument is not of that form.
 
     Example:
+      >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z["x"] - z["y"]) ** 2
       >>> data = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 1.0])}
-      >>> per_example_grads(f, {"w": jnp.array(1.0)}, data)["w"].tolist()
+      >>> ij.per_example_grads(f, {"w": jnp.array(1.0)}, data)["w"].tolist()
       [1.0, 2.0]
     """
     check_chunk(chunk)
@@ -74,9 +75,10 @@ def jacobian_product(
       TypeError, ValueError: If an argument is not of that form.
 
     Example:
+      >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z["x"] - z["y"]) ** 2
       >>> data = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 1.0])}
-      >>> jacobian_product(f, {"w": jnp.array(1.0)}, data, {"w": jnp.array([1.0, 10.0])}).tolist()
+      >>> ij.jacobian_product(f, {"w": jnp.array(1.0)}, data, {"w": jnp.array([1.0, 10.0])}).tolist()
       [[1.0, 10.0], [2.0, 20.0]]
     """
     check_chunk(chunk)
@@ -112,8 +114,9 @@ def mixed_grads(
       TypeError, ValueError: If an argument is not of that form, or the part is not floating.
 
     Example:
+      >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z["x"]) ** 2
-      >>> mixed_grads(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])})["w"].tolist()
+      >>> ij.mixed_grads(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])})["w"].tolist()
       [6.0, 12.0]
     """
     check_chunk(chunk)
@@ -150,8 +153,9 @@ def mixed_product(
       TypeError, ValueError: If an argument is not of that form, or the part is not floating.
 
     Example:
+      >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z["x"]) ** 2
-      >>> mixed_product(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.0])}).tolist()
+      >>> ij.mixed_product(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.0])}).tolist()
       [[6.0], [12.0]]
     """
     check_chunk(chunk)

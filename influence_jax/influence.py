@@ -72,10 +72,10 @@ class Influence:
       TypeError, ValueError: If an argument is not of that form, or P does not act on `params`.
 
     Example:
-      >>> from influence_jax import GGN, Direct, invert
-      >>> objective = Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
+      >>> import influence_jax as ij
+      >>> objective = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
       >>> params, data = {"w": jnp.array(1.0)}, {"x": jnp.array([1.0, 2.0]), "y": jnp.array([2.0, 1.0])}
-      >>> influence = Influence(objective, params, invert(GGN(objective, params, data), Direct()))
+      >>> influence = ij.Influence(objective, params, ij.invert(ij.GGN(objective, params, data), ij.Direct()))
       >>> influence.influences(data, data).round(2).tolist()
       [[0.4, -0.8], [-0.8, 1.6]]
 

@@ -33,7 +33,8 @@ class Objective:
       ValueError: On a call, if the loss is not a scalar.
 
     Example:
-      >>> objective = Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
+      >>> import influence_jax as ij
+      >>> objective = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
       >>> float(objective({"w": jnp.array(2.0)}, {"x": jnp.array(3.0), "y": jnp.array(5.0)}))
       0.5
     """

@@ -188,8 +188,9 @@ def flatten(tree: PyTree, like: PyTree) -> Array:
       ValueError: If the structure or a shape differs from `like`.
 
     Example:
+      >>> import influence_jax as ij
       >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
-      >>> flatten(params, params).shape
+      >>> ij.flatten(params, params).shape
       (9,)
     """
     leads = {
@@ -215,8 +216,9 @@ def unflatten(array: Array, like: PyTree) -> PyTree:
       ValueError: If the last axis does not have as many entries as `like`.
 
     Example:
+      >>> import influence_jax as ij
       >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
-      >>> unflatten(jnp.arange(9.0), params)["b"].tolist()
+      >>> ij.unflatten(jnp.arange(9.0), params)["b"].tolist()
       [0.0, 1.0, 2.0]
     """
     array = jnp.asarray(array)
@@ -290,12 +292,14 @@ def check_vector(vector: PyTree, like: PyTree, name: str, *, lead: tuple[int, ..
 
 def check_stack(stack: PyTree, like: PyTree, name: str) -> int:
     """Check a stack as `check_vector` does, with one leading axis in common, and return its length."""
-    leaves = jax.tree.leaves(stack)
-    same = jax.tree.structure(stack) == jax.tree.structure(like)
-    lengths = {jnp.shape(leaf)[:1] for leaf in leaves} if same else {()}
-    lead = lengths.pop() if len(lengths) == 1 else ()
-    check_vector(stack, like, name, lead=lead or (1,))
-    return lead[0]
+    leaves = named_leaves(stack)
+    lengths = {leaf_name: jnp.shape(leaf)[:1] for leaf_name, leaf in leaves}
+    same_structure = jax.tree.structure(stack) == jax.tree.structure(like)
+    if same_structure and len(set(lengths.values())) > 1:
+        raise ValueError(f"{name}: leaves disagree in leading length, got {lengths}; a stack has one row per vector")
+    (length,) = lengths[leaves[0][0]] if same_structure and lengths[leaves[0][0]] else (1,)
+    check_vector(stack, like, name, lead=(length,))
+    return length
 
 
 def _structure_difference(vector: PyTree, like: PyTree) -> str:

@@ -18,16 +18,16 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("fixed")
 
 
-@pytest.fixture
-def key() -> jax.Array:
-    return jax.random.key(0)
+@pytest.fixture(autouse=True)
+def strict():
+    """No silent promotion of dtypes or ranks anywhere in the library."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture

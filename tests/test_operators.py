@@ -286,7 +286,10 @@ def test_sums_of_two_halves_add_up(kind):
     mean = jax.tree.map(lambda x: x / (parts[0][1] + parts[1][1]), total)
     assert tree_error(mean, kind(objective, params, data, weights=weights).mm(V)) < 1e-12
     scaled = ij.sums(3.0 * kind(objective, params, data), V)
-    assert tree_error(jax.tree.map(lambda x: x / (3.0 * scaled[1]), scaled[0]), kind(objective, params, data).mm(V)) < 1e-12
+    assert (
+        tree_error(jax.tree.map(lambda x: x / (3.0 * scaled[1]), scaled[0]), kind(objective, params, data).mm(V))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", OVER_DATA)
@@ -308,7 +311,9 @@ def test_minibatches_are_unbiased(kind, weighted):
 
 
 @pytest.mark.parametrize("kind", OVER_DATA)
-@pytest.mark.parametrize("block", [("layer0/kernel",), ("layer0/bias", "layer1/kernel"), ("layer1/kernel", "layer1/bias")])
+@pytest.mark.parametrize(
+    "block", [("layer0/kernel",), ("layer0/bias", "layer1/kernel"), ("layer1/kernel", "layer1/bias")]
+)
 def test_restrict_is_the_diagonal_block_in_the_same_class(kind, block):
     objective, params, data = problem("classification")
     op = kind(objective, params, data)

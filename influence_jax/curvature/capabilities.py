@@ -84,7 +84,8 @@ def minibatch(op: LinearOperator, indices: Array) -> LinearOperator:
       ValueError: If an index is out of range.
 
     Example:
-      >>> minibatch(Identity({"w": jnp.ones(2)}), jnp.array([0])).size
+      >>> import influence_jax as ij
+      >>> ij.minibatch(ij.Identity({"w": jnp.ones(2)}), jnp.array([0])).size
       2
     """
     raise _unsupported(minibatch, op, "LiSSA")
@@ -101,7 +102,8 @@ def root(op: LinearOperator) -> Root:
       TypeError: If the operator has none.
 
     Example:
-      >>> root(2.0 * Identity({"w": jnp.ones(2)}))
+      >>> import influence_jax as ij
+      >>> ij.root(ij.Identity({"w": jnp.ones(2)}))
       Traceback (most recent call last):
       ...
       influence_jax.curvature.capabilities.Unsupported: op: Identity has no root, ...
@@ -117,7 +119,8 @@ def spectral(op: LinearOperator) -> Spectral:
       TypeError: If there is none.
 
     Example:
-      >>> spectral(Identity({"w": jnp.ones(2)})).values["w"].tolist()
+      >>> import influence_jax as ij
+      >>> ij.spectral(ij.Identity({"w": jnp.ones(2)})).values["w"].tolist()
       1.0
     """
     raise _unsupported(spectral, op, "a closed-form solve")
@@ -159,7 +162,8 @@ def restrict(op: LinearOperator, block: Sequence[str]) -> LinearOperator:
       ValueError: If a name does not exist, or none is given.
 
     Example:
-      >>> op = restrict(Identity({"a": {"w": jnp.ones(2)}, "b": jnp.ones(3)}), ("a/w",))
+      >>> import influence_jax as ij
+      >>> op = ij.restrict(ij.Identity({"a": {"w": jnp.ones(2)}, "b": jnp.ones(3)}), ("a/w",))
       >>> op.size
       2
     """
@@ -175,7 +179,8 @@ def to_dense(op: LinearOperator) -> Array:
     Memory is P²; the products are taken in at least float32.
 
     Example:
-      >>> to_dense(Identity({"w": jnp.ones(2)})).tolist()
+      >>> import influence_jax as ij
+      >>> ij.to_dense(ij.Identity({"w": jnp.ones(2)})).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
     return symmetric(dense_by_products(_checked(op)))
@@ -186,7 +191,8 @@ def diagonal(op: LinearOperator) -> PyTree:
     """The diagonal of an operator, a tree shaped like the parameters; one product per parameter without closed form.
 
     Example:
-      >>> diagonal(3.0 * Identity({"w": jnp.ones(2)}))["w"].tolist()
+      >>> import influence_jax as ij
+      >>> ij.diagonal(3.0 * ij.Identity({"w": jnp.ones(2)}))["w"].tolist()
       [3.0, 3.0]
     """
     return tree.unflatten(diagonal_by_products(_checked(op)), op.space)
@@ -210,7 +216,8 @@ def trace(op: LinearOperator, *, key: Key | None = None) -> Array:
       ValueError: If an estimate is needed and no key is given.
 
     Example:
-      >>> float(trace(3.0 * Identity({"w": jnp.ones(2)})))
+      >>> import influence_jax as ij
+      >>> float(ij.trace(3.0 * ij.Identity({"w": jnp.ones(2)})))
       6.0
     """
     return trace_by_products(_checked(op), key)

@@ -100,8 +100,9 @@ class Hessian(OverData):
       TypeError, ValueError: If an argument is not of that form.
 
     Example:
+      >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
-      >>> Hessian(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).mv({"w": jnp.array(1.0)})["w"].item()
+      >>> ij.Hessian(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).mv({"w": jnp.array(1.0)})["w"].item()
       5.0
 
     Reference: Pearlmutter 1994; Koh & Liang 2017, arXiv:1703.04730.
@@ -131,9 +132,10 @@ class GGN(OverData):
       TypeError, ValueError: If an argument is not of that form, or the objective is a bare function.
 
     Example:
-      >>> objective = Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
+      >>> import influence_jax as ij
+      >>> objective = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
       >>> data = {"x": jnp.array([1.0, 3.0]), "y": jnp.array([0.0, 0.0])}
-      >>> GGN(objective, {"w": jnp.array(1.0)}, data).mv({"w": jnp.array(1.0)})["w"].item()
+      >>> ij.GGN(objective, {"w": jnp.array(1.0)}, data).mv({"w": jnp.array(1.0)})["w"].item()
       5.0
 
     Reference: Schraudolph 2002; Martens 2014, arXiv:1412.1193.
@@ -186,8 +188,9 @@ class EmpiricalFisher(OverData):
       TypeError, ValueError: If an argument is not of that form.
 
     Example:
+      >>> import influence_jax as ij
       >>> f = lambda params, z: params["w"] * z
-      >>> EmpiricalFisher(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).mv({"w": jnp.array(1.0)})["w"].item()
+      >>> ij.EmpiricalFisher(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).mv({"w": jnp.array(1.0)})["w"].item()
       5.0
 
     Reference: Kunstner et al. 2019, arXiv:1905.12558.

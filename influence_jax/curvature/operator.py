@@ -67,7 +67,8 @@ class Sum(LinearOperator):
     """The sum of operators on one space; written `a + b`.
 
     Example:
-      >>> op = Identity({"w": jnp.ones(2)}) + 2.0 * Identity({"w": jnp.ones(2)})
+      >>> import influence_jax as ij
+      >>> op = ij.Identity({"w": jnp.ones(2)}) + 2.0 * ij.Identity({"w": jnp.ones(2)})
       >>> op.mv({"w": jnp.ones(2)})["w"].tolist()
       [3.0, 3.0]
     """

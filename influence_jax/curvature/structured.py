@@ -26,7 +26,8 @@ class Identity(LinearOperator):
       params: Defines the space.
 
     Example:
-      >>> Identity({"w": jnp.ones(2)}).mv({"w": jnp.array([1.0, 2.0])})["w"].tolist()
+      >>> import influence_jax as ij
+      >>> ij.Identity({"w": jnp.ones(2)}).mv({"w": jnp.array([1.0, 2.0])})["w"].tolist()
       [1.0, 2.0]
     """
 
@@ -90,7 +91,8 @@ class Diagonal(LinearOperator):
       tree: The diagonal, shaped like the parameters.
 
     Example:
-      >>> Diagonal({"w": jnp.array([2.0, 3.0])}).mv({"w": jnp.ones(2)})["w"].tolist()
+      >>> import influence_jax as ij
+      >>> ij.Diagonal({"w": jnp.array([2.0, 3.0])}).mv({"w": jnp.ones(2)})["w"].tolist()
       [2.0, 3.0]
     """
 
@@ -161,7 +163,8 @@ class LowRank(LinearOperator):
       ValueError: If the number of vectors and values differ, or there are more vectors than parameters.
 
     Example:
-      >>> op = LowRank({"w": jnp.array([[1.0, 0.0]])}, jnp.array([5.0]))
+      >>> import influence_jax as ij
+      >>> op = ij.LowRank({"w": jnp.array([[1.0, 0.0]])}, jnp.array([5.0]))
       >>> op.mv({"w": jnp.ones(2)})["w"].tolist()
       [5.0, 0.0]
     """

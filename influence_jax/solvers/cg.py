@@ -13,8 +13,18 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
+from ..batching import check_positive
 from ..curvature import LinearOperator
-from .base import Info, RelativeDamping, Solver, damped_product, implicit_solve, resolve_damping
+from .base import (
+    Info,
+    RelativeDamping,
+    Solver,
+    check_damping,
+    check_number,
+    damped_product,
+    implicit_solve,
+    resolve_damping,
+)
 
 
 class CGState(NamedTuple):
@@ -43,8 +53,8 @@ class CG(Solver):
         inverse; None for none.
 
     Example:
-      >>> from influence_jax import Diagonal, invert
-      >>> inverse = invert(Diagonal({"w": jnp.array([1.0, 3.0])}), CG(damping=1.0))
+      >>> import influence_jax as ij
+      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(damping=1.0))
       >>> x, info = inverse.solve({"w": jnp.array([2.0, 4.0])})
       >>> int(info.steps), bool(info.converged)
       (2, True)
@@ -57,6 +67,14 @@ class CG(Solver):
     atol: float | Array = 0.0
     max_steps: int = static(default=1000)
     preconditioner: Solver | LinearOperator | None = None
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_number(self.rtol, "rtol")
+        check_number(self.atol, "atol")
+        check_positive(self.max_steps, "max_steps")
+        if self.preconditioner is not None and not isinstance(self.preconditioner, Solver | LinearOperator):
+            raise TypeError(f"preconditioner: got {self.preconditioner!r}, expected a solver, a LinearOperator or None")
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> CGState:
         key_damping, key_preconditioner = (None, None) if key is None else jax.random.split(key)

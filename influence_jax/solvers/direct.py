@@ -12,7 +12,7 @@ from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator, LowRank, Unsupported, spectral, to_dense
-from .base import Info, RelativeDamping, Solver, implicit_solve, resolve_damping
+from .base import Info, RelativeDamping, Solver, check_damping, implicit_solve, resolve_damping
 
 
 class CholeskyState(NamedTuple):
@@ -43,12 +43,15 @@ class Direct(Solver):
       damping: $\lambda \ge 0$, or a `RelativeDamping`.
 
     Example:
-      >>> from influence_jax import Identity, invert
-      >>> invert(Identity({"w": jnp.ones(2)}), Direct(damping=1.0)).mv({"w": jnp.ones(2)})["w"].tolist()
+      >>> import influence_jax as ij
+      >>> ij.invert(ij.Identity({"w": jnp.ones(2)}), ij.Direct(damping=1.0)).mv({"w": jnp.ones(2)})["w"].tolist()
       [0.5, 0.5]
     """
 
     damping: float | Array | RelativeDamping = 0.0
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> CholeskyState | SpectralState:
         damping = resolve_damping(self.damping, op, key)
@@ -91,13 +94,16 @@ class Eigh(Solver):
       damping: $\lambda \ge 0$, or a `RelativeDamping`.
 
     Example:
-      >>> from influence_jax import Diagonal, invert
-      >>> inverse = invert(Diagonal({"w": jnp.array([1.0, 3.0])}), Eigh(damping=1.0))
+      >>> import influence_jax as ij
+      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.Eigh(damping=1.0))
       >>> inverse.with_damping(0.0).mv({"w": jnp.array([2.0, 3.0])})["w"].tolist()
       [2.0, 1.0]
     """
 
     damping: float | Array | RelativeDamping = 0.0
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> SpectralState:
         return SpectralState(op, resolve_damping(self.damping, op, key), op if has_spectral(op) else decompose(op))

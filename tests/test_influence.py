@@ -1,0 +1,360 @@
+"""Influence against brute force, closed forms, finite differences and retraining."""
+
+import dataclasses
+import typing
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error, tree_error
+from hypothesis import given, strategies as st
+
+import influence_jax as ij
+import influence_jax.influence as influence_module
+
+PARAMS = helpers.random_mlp(jax.random.key(0))
+TRAIN = helpers.random_batch(jax.random.key(1), 17, 5, 3, classes=True)
+QUERY = helpers.random_batch(jax.random.key(2), 6, 5, 3, classes=True)
+OBJECTIVE = helpers.CLASSIFICATION
+OPERATOR = ij.GGN(OBJECTIVE, PARAMS, TRAIN)
+DAMPING = 0.05
+INVERSE = ij.invert(OPERATOR, ij.Direct(DAMPING))
+INFLUENCE = ij.Influence(OBJECTIVE, PARAMS, INVERSE)
+DENSE = jnp.linalg.inv(helpers.dense_reference(ij.GGN, OBJECTIVE, PARAMS, TRAIN) + DAMPING * jnp.eye(OPERATOR.size))
+
+
+def flat_grads(batch, objective=OBJECTIVE):
+    """Per-example gradients by reverse mode on the flat vector, one at a time."""
+    flat, loss = ij.flatten(PARAMS, PARAMS), helpers.flat_objective(objective, PARAMS)
+    rows = [jax.grad(loss)(flat, jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(len(batch))]
+    return jnp.stack(rows)
+
+
+def slice_of(batch, *bounds):
+    return jax.tree.map(lambda x: x[slice(*bounds)], batch)
+
+
+UP = flat_grads(QUERY) @ DENSE @ flat_grads(TRAIN).T
+
+
+@pytest.fixture(params=["directional", "gradients"])
+def path(request, monkeypatch):
+    """Both ways to the scores: forward-mode passes, and per-example gradients with one matrix product."""
+    monkeypatch.setattr(influence_module, "_directional", lambda *_: request.param == "directional")
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def test_up_equals_brute_force_either_way(path):
+    for chunk in (None, 1, 5):
+        influence = dataclasses.replace(INFLUENCE, chunk=chunk, rhs_chunk=chunk)
+        assert relative_error(influence.influences(QUERY, TRAIN), UP) < 1e-11
+        assert relative_error(influence.influences(TRAIN, QUERY), UP.T) < 1e-11
+        top = influence.top_k(QUERY, TRAIN, 4)
+        assert relative_error(top.values, jnp.sort(UP, axis=1)[:, ::-1][:, :4]) < 1e-11
+
+
+@pytest.mark.parametrize(("queries", "examples"), [(1, 1), (1, 17), (6, 1), (6, 3), (6, 17)])
+def test_any_number_of_queries_and_examples(queries, examples):
+    """pyDVL's perturbation raises when there are more queries than examples."""
+    query, train = slice_of(QUERY, queries), slice_of(TRAIN, examples)
+    assert relative_error(INFLUENCE.influences(query, train), UP[:queries, :examples]) < 1e-11
+    perturbed = INFLUENCE.influences(query, train, "perturbation")
+    assert perturbed.shape == (queries, examples, 5)
+    whole = INFLUENCE.influences(QUERY, TRAIN, ij.InfluenceMode.Perturbation)
+    assert relative_error(perturbed, whole[:queries, :examples]) < 1e-11
+
+
+def test_solving_on_the_side_with_fewer_examples(monkeypatch):
+    few = slice_of(TRAIN, 3)
+    monkeypatch.setattr(influence_module, "_up", None)  # more queries than examples: the other way is not needed
+    assert relative_error(INFLUENCE.influences(QUERY, few), UP[:, :3]) < 1e-11
+
+
+def test_a_solver_that_is_not_symmetric_keeps_to_the_query_side(monkeypatch):
+    monkeypatch.setattr(ij.Direct, "symmetric", False)
+    monkeypatch.setattr(influence_module, "_up_from_train", None)
+    assert relative_error(INFLUENCE.influences(QUERY, slice_of(TRAIN, 3)), UP[:, :3]) < 1e-11
+
+
+@pytest.mark.parametrize("operator", ["GGN", "Identity", "CG"])
+def test_any_operator_will_do(operator):
+    op = {
+        "GGN": OPERATOR,
+        "Identity": ij.Identity(PARAMS),
+        "CG": ij.invert(OPERATOR, ij.CG(DAMPING, rtol=1e-12)),
+    }[operator]
+    dense = {"GGN": ij.to_dense(OPERATOR), "Identity": jnp.eye(OPERATOR.size), "CG": DENSE}[operator]
+    expected = flat_grads(QUERY) @ dense @ flat_grads(TRAIN).T
+    assert relative_error(ij.Influence(OBJECTIVE, PARAMS, op).influences(QUERY, TRAIN), expected) < 1e-9
+
+
+def test_factors():
+    factors = INFLUENCE.influence_factors(QUERY)
+    assert relative_error(ij.flatten(factors, PARAMS), flat_grads(QUERY) @ DENSE) < 1e-11
+    for mode in ("up", "perturbation"):
+        expected = INFLUENCE.influences(QUERY, TRAIN, mode)
+        assert relative_error(INFLUENCE.influences_from_factors(factors, TRAIN, mode), expected) < 1e-12
+
+
+@given(st.integers(0, 5), st.sampled_from([1, 2, 6]))
+def test_a_factor_does_not_depend_on_its_batch_mates(index, count):
+    """pyDVL's harmonic mean changes the factors of an example sixfold with the batch it is in."""
+    alone = INFLUENCE.influence_factors(slice_of(QUERY, index, index + 1))
+    together = INFLUENCE.influence_factors(slice_of(QUERY, max(0, index - count + 1), index + 1))
+    assert tree_error(jax.tree.map(lambda x: x[-1:], together), alone) < 1e-12
+
+
+def test_self_influences():
+    expected = jnp.einsum("ni,ij,nj->n", flat_grads(TRAIN), DENSE, flat_grads(TRAIN))
+    for chunk in (None, 1, 4):
+        got = dataclasses.replace(INFLUENCE, chunk=chunk).self_influences(TRAIN)
+        assert relative_error(got, expected) < 1e-11
+    asked = ij.Influence(OBJECTIVE, PARAMS, INVERSE, measurement=lambda p, z: 7.0 * OBJECTIVE(p, z))
+    assert relative_error(asked.self_influences(TRAIN), expected) < 1e-11
+
+
+def test_measurement_replaces_the_loss_on_the_query_side_only():
+    def margin(params, example):
+        logits = helpers.mlp(params, example)
+        return logits[example.y] - jax.nn.logsumexp(jnp.where(jnp.arange(3) == example.y, -jnp.inf, logits))
+
+    influence = ij.Influence(OBJECTIVE, PARAMS, INVERSE, measurement=margin)
+    expected = flat_grads(QUERY, margin) @ DENSE @ flat_grads(TRAIN).T
+    assert relative_error(influence.influences(QUERY, TRAIN), expected) < 1e-11
+    assert relative_error(influence.influences(QUERY, slice_of(TRAIN, 2)), expected[:, :2]) < 1e-11
+    split = ij.Objective(helpers.mlp, lambda out, z: out[0])
+    first = ij.Influence(OBJECTIVE, PARAMS, INVERSE, measurement=split).influences(QUERY, TRAIN)
+    assert relative_error(first, flat_grads(QUERY, split) @ DENSE @ flat_grads(TRAIN).T) < 1e-11
+
+
+class TestTopK:
+    def test_is_the_sorted_scores(self):
+        for chunk in (None, 1, 4, 17):
+            top = dataclasses.replace(INFLUENCE, chunk=chunk).top_k(QUERY, TRAIN, 5)
+            assert top.indices.tolist() == jnp.argsort(-UP, axis=1)[:, :5].tolist()
+            assert relative_error(top.values, jnp.take_along_axis(UP, top.indices, axis=1)) < 1e-11
+            assert top.indices.dtype == jnp.int32
+
+    def test_of_all_examples(self):
+        top = INFLUENCE.top_k(QUERY, TRAIN, 17)
+        assert jnp.sort(top.indices, axis=1).tolist() == [list(range(17))] * 6
+
+    @pytest.mark.parametrize("chunk", [None, 1, 2, 3])
+    def test_ties_go_to_the_lower_index(self, chunk):
+        twins = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2], x[:2], x[:1]]), TRAIN)
+        top = dataclasses.replace(INFLUENCE, chunk=chunk).top_k(slice_of(QUERY, 1), twins, 7)
+        best = int(jnp.argmax(UP[0, :2]))
+        order = [0, 2, 4, 6] if best == 0 else [1, 3, 5]
+        assert top.indices[0].tolist()[: len(order)] == order
+
+
+class TestPerturbation:
+    @pytest.mark.parametrize("chunk", [None, 1, 4])
+    def test_is_the_derivative_of_up_in_the_input(self, chunk):
+        influence = dataclasses.replace(INFLUENCE, chunk=chunk, rhs_chunk=chunk)
+        perturbed = influence.influences(QUERY, TRAIN, "perturbation")
+        step = 1e-5
+        for axis in (0, 3):
+            shift = step * jnp.broadcast_to(jnp.eye(5)[axis], TRAIN.x.shape)
+            up = [influence.influences(QUERY, ij.Batch(TRAIN.x + sign * shift, TRAIN.y)) for sign in (1.0, -1.0)]
+            assert relative_error(perturbed[..., axis], (up[0] - up[1]) / (2 * step)) < 1e-7
+
+    def test_equals_mixed_gradients_contracted(self):
+        mixed = ij.mixed_grads(OBJECTIVE, PARAMS, TRAIN)
+        factors = INFLUENCE.influence_factors(QUERY)
+        expected = jnp.einsum("qp,nxp->qnx", ij.flatten(factors, PARAMS), ij.flatten(mixed, PARAMS))
+        assert relative_error(INFLUENCE.influences(QUERY, TRAIN, "perturbation"), expected) < 1e-11
+
+    @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (4, 4, 2)])
+    def test_any_input_shape(self, shape):
+        def predict(params, example):
+            return jnp.sum(jnp.tanh(example["image"]) * params["w"]) + params["b"]
+
+        objective = ij.Objective(predict, lambda out, z: 0.5 * (out - z["y"]) ** 2)
+        key = jax.random.key(0)
+        params = {"w": jax.random.normal(key, shape), "b": jnp.array(0.1)}
+        data = {"image": jax.random.normal(key, (7, *shape)), "y": jnp.arange(7.0)}
+        influence = ij.Influence(objective, params, ij.invert(ij.GGN(objective, params, data), ij.Direct(0.1)))
+        perturbed = influence.influences(jax.tree.map(lambda x: x[:3], data), data, "perturbation", wrt="image")
+        assert perturbed.shape == (3, 7, *shape)
+        step = 1e-6
+        moved = [dict(data, image=data["image"] + sign * step) for sign in (1.0, -1.0)]
+        up = [influence.influences(jax.tree.map(lambda x: x[:3], data), batch) for batch in moved]
+        total = perturbed.reshape(3, 7, -1).sum(-1)
+        assert relative_error(total, (up[0] - up[1]) / (2 * step)) < 1e-6
+
+    def test_inputs_by_key_attribute_index_and_as_trees(self):
+        class Pair(typing.NamedTuple):
+            x: typing.Any
+            y: typing.Any
+
+        expected = INFLUENCE.influences(QUERY, TRAIN, "perturbation")
+        kinds = {
+            "mapping": (dict, "x", lambda z: z),
+            "tuple": (lambda **parts: (parts["x"], parts["y"]), 0, lambda z: {"x": z[0], "y": z[1]}),
+            "named tuple": (lambda **parts: Pair(**parts), "x", lambda z: z._asdict()),
+            "list": (lambda **parts: [parts["x"], parts["y"]], 0, lambda z: {"x": z[0], "y": z[1]}),
+            "tree": (
+                lambda **parts: {"both": {"left": parts["x"][:, :2], "right": parts["x"][:, 2:]}, "y": parts["y"]},
+                "both",
+                lambda z: {"x": jnp.concatenate([z["both"]["left"], z["both"]["right"]]), "y": z["y"]},
+            ),
+        }
+        for name, (make, wrt, read) in kinds.items():
+            objective = ij.Objective(
+                lambda p, z, read=read: _mlp(p, read(z)["x"]),
+                lambda out, z, read=read: jax.nn.logsumexp(out) - out[read(z)["y"]],
+            )
+            train, query = make(x=TRAIN.x, y=TRAIN.y), make(x=QUERY.x, y=QUERY.y)
+            influence = ij.Influence(objective, PARAMS, INVERSE)
+            got = influence.influences(query, train, "perturbation", wrt=wrt)
+            if name == "tree":
+                got = jnp.concatenate([got["left"], got["right"]], axis=-1)
+            assert relative_error(got, expected) < 1e-11, name
+
+
+def _mlp(params, x):
+    hidden = jnp.tanh(x @ params["layer0"]["kernel"] + params["layer0"]["bias"])
+    return hidden @ params["layer1"]["kernel"] + params["layer1"]["bias"]
+
+
+class TestTransformations:
+    def test_jit_and_vmap(self):
+        scores = jax.jit(lambda influence, q, t: influence.influences(q, t))(INFLUENCE, QUERY, TRAIN)
+        assert relative_error(scores, UP) < 1e-11
+        stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), PARAMS, jax.tree.map(lambda x: 1.1 * x, PARAMS))
+
+        def of_checkpoint(params):
+            inverse = ij.invert(ij.GGN(OBJECTIVE, params, TRAIN), ij.Direct(DAMPING))
+            return ij.Influence(OBJECTIVE, params, inverse).influences(QUERY, TRAIN)
+
+        both = jax.vmap(of_checkpoint)(stacked)
+        assert relative_error(both[0], UP) < 1e-9
+        assert relative_error(both[1], of_checkpoint(jax.tree.map(lambda x: 1.1 * x, PARAMS))) < 1e-9
+
+    def test_derivative_of_a_score_in_data_weights_and_inputs(self):
+        def score(weights, shift):
+            data = ij.Batch(TRAIN.x + shift, TRAIN.y)
+            op = ij.GGN(OBJECTIVE, PARAMS, data, weights=weights)
+            return ij.Influence(OBJECTIVE, PARAMS, ij.invert(op, ij.CG(DAMPING, rtol=1e-12))).influences(QUERY, data)[
+                0, 0
+            ]
+
+        weights, step = jnp.linspace(0.5, 1.5, 17), 1e-5
+        by_weight, by_shift = jax.grad(score, argnums=(0, 1))(weights, jnp.array(0.0))
+        bump = step * jnp.eye(17)[3]
+        expected = (score(weights + bump, 0.0) - score(weights - bump, 0.0)) / (2 * step)
+        assert abs(by_weight[3] - expected) < 1e-6 * abs(expected)
+        expected = (score(weights, step) - score(weights, -step)) / (2 * step)
+        assert abs(by_shift - expected) < 1e-6 * abs(expected)
+
+    def test_second_call_compiles_nothing(self, compilations):
+        influence = dataclasses.replace(INFLUENCE, chunk=4)
+
+        def everything(influence, query, train):
+            influence.influences(query, train)
+            influence.influences(query, train, "perturbation")
+            influence.self_influences(train)
+            return jax.block_until_ready(influence.top_k(query, train, 3))
+
+        everything(influence, QUERY, TRAIN)
+        moved = jax.tree.map(lambda x: 1.5 * x, PARAMS)
+        query, train = ij.Batch(QUERY.x + 1.0, QUERY.y), ij.Batch(TRAIN.x - 1.0, TRAIN.y)
+        jax.block_until_ready((moved, query, train))
+        with compilations() as names:
+            everything(dataclasses.replace(influence, params=moved), query, train)
+        assert names == []
+
+    def test_sharded_examples(self):
+        """Eight devices, examples sharded over them: the same scores."""
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        even = slice_of(TRAIN, 16)
+        sharded = jax.device_put(even, sharding)
+        for chunk in (None, 8):
+            op = ij.GGN(OBJECTIVE, PARAMS, sharded, chunk=chunk)
+            expected = ij.GGN(OBJECTIVE, PARAMS, even).mv(PARAMS)
+            assert tree_error(op.mv(PARAMS), expected) < 1e-11
+            influence = dataclasses.replace(INFLUENCE, chunk=chunk)
+            assert relative_error(influence.influences(QUERY, sharded), UP[:, :16]) < 1e-11
+
+
+class TestLeaveOneOut:
+    """The exact identity for ridge regression, and the sign it fixes."""
+
+    def setup_method(self):
+        key_x, key_y, key_q = jax.random.split(jax.random.key(3), 3)
+        self.x, self.y = jax.random.normal(key_x, (30, 4)), jax.random.normal(key_y, (30, 2))
+        self.data = ij.Batch(self.x, self.y)
+        self.query = ij.Batch(jax.random.normal(key_q, (5, 4)), jnp.zeros((5, 2)))
+        self.damping = 0.1
+        self.objective = ij.Objective(helpers.linear, helpers.half_squared_loss)
+        self.params = {"kernel": self.retrain(jnp.ones(30))}
+
+    def retrain(self, keep):
+        """Minimiser of (1/N) sum over kept examples plus damping/2 ||theta||^2, with N never changed."""
+        moment = (self.x * keep[:, None]).T @ self.x / 30
+        return jnp.linalg.solve(moment + self.damping * jnp.eye(4), (self.x * keep[:, None]).T @ self.y / 30)
+
+    @pytest.mark.parametrize("curvature", [ij.Hessian, ij.GGN])
+    def test_exact(self, curvature):
+        measurement = lambda params, example: helpers.linear(params, example)[0]
+        inverse = ij.invert(curvature(self.objective, self.params, self.data), ij.Direct(self.damping))
+        influence = ij.Influence(self.objective, self.params, inverse, measurement=measurement)
+        scores = influence.influences(self.query, self.data)
+        hat = jnp.linalg.inv(self.x.T @ self.x / 30 + self.damping * jnp.eye(4))
+        leverage = jnp.einsum("ni,ij,nj->n", self.x, hat, self.x) / 30
+        changes = [self.query.x @ (self.retrain(jnp.ones(30).at[i].set(0)) - self.params["kernel"]) for i in range(30)]
+        change = jnp.stack(changes, axis=1)[..., 0]
+        assert relative_error(change, scores / (30 * (1 - leverage)[None])) < 1e-8
+
+    def test_positive_means_that_training_on_it_helps(self):
+        """Removing the example with the highest score raises the query's loss; the lowest score, lowers it."""
+        query = ij.Batch(self.query.x, jnp.ones((5, 2)))
+        inverse = ij.invert(ij.GGN(self.objective, self.params, self.data), ij.Direct(self.damping))
+        scores = ij.Influence(self.objective, self.params, inverse).influences(query, self.data)
+        loss = lambda kernel: jax.vmap(self.objective, (None, 0))({"kernel": kernel}, query)
+        for row in range(5):
+            for column, sign in ((int(jnp.argmax(scores[row])), 1), (int(jnp.argmin(scores[row])), -1)):
+                without = self.retrain(jnp.ones(30).at[column].set(0))
+                change = loss(without)[row] - loss(self.params["kernel"])[row]
+                assert sign * change > 0
+                assert 0.5 < scores[row, column] / 30 / change < 1.1, "first order in 1/N"
+
+
+def test_softmax_regression_on_digits_against_dense_float64():
+    """Trained to its minimum with numpy-style Newton steps; GGN, Hessian and their scores written out densely."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = jnp.asarray(digits.data / 16.0)[:600, 8:40], jnp.asarray(digits.target[:600])
+    train, query, damping = ij.Batch(x[:500], y[:500]), ij.Batch(x[500:520], y[500:520]), 1e-2
+    objective = ij.Objective(helpers.affine, helpers.cross_entropy)
+    inputs = jnp.concatenate([jnp.ones((600, 1)), x], axis=1)  # bias first, as the leaves are ordered
+    theta = jnp.zeros((33, 10))
+
+    def dense(theta):
+        p = jax.nn.softmax(inputs[:500] @ theta)
+        blocks = jnp.einsum("nc,cd->ncd", p, jnp.eye(10)) - jnp.einsum("nc,nd->ncd", p, p)
+        matrix = jnp.einsum("ni,nj,ncd->icjd", inputs[:500], inputs[:500], blocks) / 500
+        return matrix.reshape(330, 330) + damping * jnp.eye(330), p
+
+    for _ in range(12):
+        matrix, p = dense(theta)
+        residual = p - jax.nn.one_hot(y[:500], 10)
+        gradient = (inputs[:500].T @ residual / 500 + damping * theta).ravel()
+        theta = theta - jnp.linalg.solve(matrix, gradient).reshape(33, 10)
+    assert jnp.max(jnp.abs(gradient)) < 1e-10
+    matrix, _ = dense(theta)
+    grads = jnp.einsum("ni,nc->nic", inputs, jax.nn.softmax(inputs @ theta) - jax.nn.one_hot(y, 10)).reshape(600, 330)
+    expected = grads[500:520] @ jnp.linalg.solve(matrix, grads[:500].T)
+    params = {"bias": theta[0], "kernel": theta[1:]}
+    for curvature, solver in ((ij.GGN, ij.Direct(damping)), (ij.Hessian, ij.CG(damping, rtol=1e-12))):
+        inverse = ij.invert(curvature(objective, params, train), solver)
+        scores = ij.Influence(objective, params, inverse).influences(query, train)
+        assert relative_error(scores, expected) < 1e-9
+    assert np.all(np.asarray(jnp.diag(grads[:500] @ jnp.linalg.solve(matrix, grads[:500].T))) > 0)

@@ -1,0 +1,170 @@
+"""Mistakes are told in words: the argument, what it got, what was expected, and the way out."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import influence_jax as ij
+
+PARAMS = helpers.random_mlp(jax.random.key(0))
+BATCH = helpers.random_batch(jax.random.key(1), 9, 5, 3, classes=True)
+OBJECTIVE = helpers.CLASSIFICATION
+GGN = ij.GGN(OBJECTIVE, PARAMS, BATCH)
+INFLUENCE = ij.Influence(OBJECTIVE, PARAMS, ij.invert(GGN, ij.Direct(0.1)))
+STACK = jax.tree.map(lambda x: x[None], PARAMS)
+
+
+def loader():
+    yield BATCH
+
+
+def tokens():
+    objective = ij.Objective(lambda p, z: p["table"][z.x].mean(0), helpers.cross_entropy)
+    params = {"table": jnp.ones((7, 3))}
+    batch = ij.Batch(jnp.zeros((4, 2), jnp.int32), jnp.zeros(4, jnp.int32))
+    return ij.Influence(objective, params, ij.Identity(params)).influences(batch, batch, "perturbation")
+
+
+def whole_batch_loss(params, batch):
+    return jnp.stack([OBJECTIVE(params, batch), OBJECTIVE(params, batch)])
+
+
+# (id, call, error, words the message must hold)
+MISTAKES = [
+    ("loss not scalar", lambda: ij.Hessian(whole_batch_loss, PARAMS, BATCH).mv(PARAMS), ValueError,
+     ["loss", "whole_batch_loss", "(2,)", "scalar", "reduce"]),
+    ("loss not floating", lambda: ij.Hessian(lambda p, z: z.y, PARAMS, BATCH).mv(PARAMS), TypeError,
+     ["loss", "int64", "floating"]),
+    ("lengths disagree", lambda: ij.Batch(np.ones((4, 2)), np.ones(3)), ValueError, ["Batch", "'x': 4", "'y': 3", "same"]),
+    ("lengths disagree in a dict", lambda: ij.GGN(OBJECTIVE, PARAMS, {"x": np.ones((4, 2)), "y": np.ones(3)}), ValueError,
+     ["data", "'x': 4", "'y': 3"]),
+    ("empty batch", lambda: INFLUENCE.influences(jax.tree.map(lambda x: x[:0], BATCH), BATCH),
+     ValueError, ["query", "no examples", "at least one"]),
+    ("scalar leaf", lambda: ij.GGN(OBJECTIVE, PARAMS, {"x": np.float64(3.0)}), ValueError, ["data", "'x'", "scalar", "[None]"]),
+    ("no arrays", lambda: ij.GGN(OBJECTIVE, PARAMS, {}), ValueError, ["data", "without arrays"]),
+    ("loader as data", lambda: ij.GGN(OBJECTIVE, PARAMS, loader()), TypeError, ["data", "generator", "concatenate"]),
+    ("list of numbers as data", lambda: ij.per_example_grads(OBJECTIVE, PARAMS, {"x": [1.0, 2.0]}), TypeError,
+     ["batch", "'x/0'", "float", "asarray"]),
+    ("strings as data", lambda: ij.GGN(OBJECTIVE, PARAMS, {"x": np.array(["a", "b"])}), TypeError, ["data", "'x'", "encode"]),
+    ("integer params", lambda: ij.Identity({"w": jnp.ones(2), "step": jnp.arange(2)}), TypeError,
+     ["params", "'step'", "int64", "constants"]),
+    ("complex params", lambda: ij.Identity({"w": jnp.ones(2, jnp.complex128)}), TypeError, ["params", "'w'", "complex"]),
+    ("no params", lambda: ij.GGN(OBJECTIVE, {}, BATCH), ValueError, ["params", "without leaves"]),
+    ("params that share a name", lambda: ij.Identity({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}), ValueError,
+     ["params", "a/b", "rename"]),
+    ("vector of another structure", lambda: GGN.mv({"w": jnp.ones(3)}), ValueError, ["v", "missing", "unexpected", "'w'"]),
+    ("flat vector", lambda: GGN.mv(jnp.ones(39)), ValueError, ["v", "(39,)", "unflatten"]),
+    ("vector of another shape", lambda: GGN.mv({**PARAMS, "layer0": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(4)}}),
+     ValueError, ["v", "'layer0/kernel'", "(4, 5)", "(5, 4)"]),
+    ("integer vector", lambda: ij.Identity({"w": jnp.ones(2)}).mv({"w": jnp.arange(2)}), TypeError, ["v", "'w'", "floating"]),
+    ("vector for a stack", lambda: INFLUENCE.inverse.solve_many(PARAMS), ValueError, ["V", "'layer0/bias'"]),
+    ("stack for a vector", lambda: INFLUENCE.inverse.solve(STACK), ValueError, ["v", "(1, 4)", "(4,)"]),
+    ("flat factors", lambda: INFLUENCE.influences_from_factors(jnp.ones((2, 39)), BATCH), ValueError, ["factors", "unflatten"]),
+    ("uneven stack", lambda: GGN.mm({**STACK, "layer1": jax.tree.map(lambda x: jnp.ones((2, *x.shape)), PARAMS["layer1"])}),
+     ValueError, ["V", "leading", "length"]),
+    ("GGN of a bare function", lambda: ij.GGN(lambda p, z: OBJECTIVE(p, z), PARAMS, BATCH), TypeError,
+     ["objective", "GGN", "Objective(predict, loss)", "Hessian"]),
+    ("objective not callable", lambda: ij.Hessian("loss", PARAMS, BATCH), TypeError, ["objective", "str"]),
+    ("predict not callable", lambda: ij.Objective(jnp.ones(3), helpers.cross_entropy), TypeError, ["predict", "function"]),
+    ("negative damping", lambda: ij.CG(-1e-3), ValueError, ["damping", "-0.001", "non-negative"]),
+    ("string damping", lambda: ij.Direct("auto"), TypeError, ["damping", "'auto'", "RelativeDamping"]),
+    ("infinite damping", lambda: ij.Eigh(float("inf")), ValueError, ["damping", "inf"]),
+    ("no damping", lambda: ij.CG(None), TypeError, ["damping", "None"]),
+    ("vector damping", lambda: ij.CG(jnp.ones(3)), TypeError, ["damping"]),
+    ("negative relative damping", lambda: ij.RelativeDamping(-0.1), ValueError, ["factor", "-0.1"]),
+    ("negative damping later", lambda: ij.invert(GGN, ij.CG(1.0)).with_damping(-1.0), ValueError, ["damping", "-1.0"]),
+    ("max_steps not an int", lambda: ij.CG(max_steps=1e3), TypeError, ["max_steps", "1000.0"]),
+    ("max_steps zero", lambda: ij.CG(max_steps=0), ValueError, ["max_steps", "0"]),
+    ("string tolerance", lambda: ij.CG(rtol="tight"), TypeError, ["rtol", "'tight'"]),
+    ("preconditioner", lambda: ij.CG(preconditioner="jacobi"), TypeError, ["preconditioner", "'jacobi'"]),
+    ("solver class", lambda: ij.invert(GGN, ij.CG), TypeError, ["solver", "CG(damping=1e-3)"]),
+    ("solver string", lambda: ij.invert(GGN, "cg"), TypeError, ["solver", "'cg'"]),
+    ("operator", lambda: ij.invert(jnp.eye(3), ij.CG()), TypeError, ["op", "LinearOperator"]),
+    ("inverse", lambda: ij.Influence(OBJECTIVE, PARAMS, ij.CG(0.1)), TypeError, ["inverse", "CG", "invert"]),
+    ("inverse of another space", lambda: ij.Influence(OBJECTIVE, PARAMS, ij.Identity({"w": jnp.ones(2)})), ValueError,
+     ["params", "inverse"]),
+    ("measurement", lambda: ij.Influence(OBJECTIVE, PARAMS, GGN, measurement=3), TypeError, ["measurement", "int"]),
+    ("unknown mode", lambda: INFLUENCE.influences(BATCH, BATCH, "down"), ValueError, ["mode", "'down'", "'up'", "'perturbation'"]),
+    ("mode of factors", lambda: INFLUENCE.influences_from_factors(STACK, BATCH, "garbage"), ValueError, ["mode", "'garbage'"]),
+    ("mode not a string", lambda: INFLUENCE.influences(BATCH, BATCH, ["up"]), ValueError, ["mode", "['up']"]),
+    ("bad wrt", lambda: INFLUENCE.influences(BATCH, BATCH, "perturbation", wrt="z"), ValueError, ["wrt", "'z'", "'x', 'y'"]),
+    ("wrt labels", lambda: INFLUENCE.influences(BATCH, BATCH, "perturbation", wrt="y"), TypeError, ["wrt", "'y'", "int64", "embed"]),
+    ("tokens", tokens, TypeError, ["wrt", "'x'", "int32", "embed"]),
+    ("k > N", lambda: INFLUENCE.top_k(BATCH, BATCH, 10), ValueError, ["k", "10", "between 1 and 9"]),
+    ("k = 0", lambda: INFLUENCE.top_k(BATCH, BATCH, 0), ValueError, ["k", "0"]),
+    ("k not an int", lambda: INFLUENCE.top_k(BATCH, BATCH, 2.0), TypeError, ["k", "2.0", "int"]),
+    ("weights of another length", lambda: ij.GGN(OBJECTIVE, PARAMS, BATCH, weights=jnp.ones(8)), ValueError,
+     ["weights", "(8,)", "(9,)"]),
+    ("weights that sum to zero", lambda: ij.GGN(OBJECTIVE, PARAMS, BATCH, weights=jnp.zeros(9)), ValueError, ["weights", "zero"]),
+    ("chunk zero", lambda: ij.GGN(OBJECTIVE, PARAMS, BATCH, chunk=0), ValueError, ["chunk", "0"]),
+    ("chunk not an int", lambda: ij.Influence(OBJECTIVE, PARAMS, GGN, chunk="big"), TypeError, ["chunk", "'big'"]),
+    ("no root", lambda: ij.root(ij.Hessian(OBJECTIVE, PARAMS, BATCH)), TypeError, ["Hessian", "root", "GGN", "EmpiricalFisher"]),
+    ("no spectral", lambda: ij.spectral(GGN), TypeError, ["GGN", "spectral", "LowRank"]),
+    ("no minibatch", lambda: ij.minibatch(INFLUENCE.inverse, jnp.array([0])), TypeError, ["Inverse", "minibatch", "LiSSA"]),
+    ("minibatch out of range", lambda: ij.minibatch(GGN, jnp.array([9])), ValueError, ["indices", "9"]),
+    ("minibatch of floats", lambda: ij.minibatch(GGN, jnp.array([0.5])), TypeError, ["indices", "integers"]),
+    ("unknown block", lambda: ij.restrict(GGN, ("layer9/kernel",)), ValueError, ["block", "layer9/kernel", "layer0/kernel"]),
+    ("block as a string", lambda: ij.restrict(GGN, "layer0/kernel"), TypeError, ["block", "('layer0/kernel',)"]),
+    ("operators of two spaces", lambda: GGN + ij.Identity({"w": jnp.ones(2)}), ValueError, ["sum of operators"]),
+    ("low rank of uneven length", lambda: ij.LowRank({"w": jnp.ones((2, 3))}, jnp.ones(3)), ValueError, ["values", "(3,)"]),
+    ("low rank too high", lambda: ij.LowRank({"w": jnp.ones((4, 3))}, jnp.ones(4)), ValueError, ["basis", "4", "3"]),
+    ("variables without params", lambda: ij.from_linen(None, {"kernel": jnp.ones(2)}, helpers.cross_entropy), ValueError,
+     ["variables", "['kernel']", "'params'"]),
+    ("rngs to flax", lambda: ij.from_linen(None, {"params": PARAMS}, helpers.cross_entropy, rngs=1), TypeError,
+     ["rngs", "deterministic"]),
+    ("flatten another tree", lambda: ij.flatten({"w": jnp.ones(3)}, PARAMS), ValueError, ["tree", "missing"]),
+    ("unflatten another length", lambda: ij.unflatten(jnp.ones(38), PARAMS), ValueError, ["array", "(38,)", "39"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_mistake(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert type(caught.value).__module__ in ("builtins", "influence_jax.curvature.capabilities")
+
+
+def test_float64_with_x64_off(float32):
+    with pytest.raises(TypeError, match=r"params: leaf 'w' is float64 but 64-bit mode is off.*enable_x64"):
+        ij.Identity({"w": np.ones(2)})
+    with pytest.raises(TypeError, match=r"data: leaf 'x' is float64 but 64-bit mode is off.*astype"):
+        ij.Hessian(OBJECTIVE, {"w": np.ones(2, np.float32)}, ij.Batch(np.ones((3, 2)), np.ones(3, np.int64)))
+
+
+def test_checks_do_not_get_in_the_way_of_transformations():
+    """Containers are rebuilt by JAX with stacked, traced and placeholder leaves; no check may see those."""
+    assert jax.tree.map(lambda x: x.shape, BATCH).x == (9, 5)
+    assert jax.vmap(lambda z: OBJECTIVE(PARAMS, z))(BATCH).shape == (9,)
+    assert jax.tree.structure(jax.tree.map(lambda _: None, GGN)) is not None
+    assert jax.jit(lambda damping: ij.CG(damping).damping * 2)(-1.0) == -2.0
+    weights = jnp.ones((2, 9))
+    assert jax.vmap(lambda w: ij.trace(ij.GGN(OBJECTIVE, PARAMS, BATCH, weights=w)))(weights).shape == (2,)
+    assert len(jax.tree.leaves(jax.eval_shape(lambda op: op, GGN))) == len(jax.tree.leaves(GGN))
+
+
+@pytest.mark.parametrize("solver", [ij.Direct, ij.CG])
+def test_mistakes_are_found_before_any_long_computation(solver, compilations):
+    """A bad mode, k or wrt is refused without compiling a solve."""
+    influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(GGN, solver(0.1)))
+    with compilations() as names:
+        for call in (
+            lambda: influence.influences(BATCH, BATCH, "down"),
+            lambda: influence.influences(BATCH, BATCH, "perturbation", wrt="y"),
+            lambda: influence.top_k(BATCH, BATCH, 100),
+        ):
+            with pytest.raises((ValueError, TypeError)):
+                call()
+    assert names == []
+
+
+def test_reprs_say_what_a_thing_is():
+    assert repr(GGN) == "GGN(39 parameters, 9 examples)"
+    assert repr(INFLUENCE.inverse) == "Inverse(GGN(39 parameters, 9 examples), Direct(damping=0.1))"
+    assert "Objective(mlp, cross_entropy)" in repr(INFLUENCE)
+    assert repr(BATCH) == "Batch(float64[9, 5], int64[9])"
+    assert repr(ij.CG(ij.RelativeDamping(0.1))).startswith("CG(damping=RelativeDamping(0.1)")

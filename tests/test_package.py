@@ -1,0 +1,163 @@
+"""The package itself: what it imports, in which order, how long its files are, which jax it refuses."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+
+import influence_jax as ij
+from influence_jax._jax_version import require_supported_jax
+
+PACKAGE = pathlib.Path(ij.__file__).parent
+
+# Each layer may import the layers above it and its own siblings listed earlier.
+LAYERS = [
+    ["_typing", "_jax_version", "_jaxpr_compat", "_pytree"],
+    ["tree"],
+    ["batching"],
+    ["objective"],
+    ["adapters", "gradients", "blocks"],
+    ["curvature.operator", "curvature.capabilities", "curvature.structured", "curvature.exact", "curvature.per_example"],
+    ["curvature"],
+    ["solvers.base", "solvers.direct", "solvers.cg"],
+    ["solvers"],
+    ["influence"],
+    [""],
+]  # fmt: skip
+ORDER = [name for layer in LAYERS for name in layer]
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """Dotted name below the package of every file."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imported(name: str, path: pathlib.Path) -> set[str]:
+    """Modules of the package that a file imports, wherever in the file."""
+    package = name.split(".")[:-1] if path.name != "__init__.py" else [part for part in name.split(".") if part]
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                module = ".".join([*base, alias.name])
+                found.add(module if module in known else ".".join(base))
+    return found
+
+
+def test_every_module_has_its_place():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_run_one_way(name):
+    for other in imported(name, modules()[name]):
+        assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+def test_files_are_short_and_functions_fit_a_screen():
+    for name, path in modules().items():
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 400, f"{name} has {len(lines)} lines"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert length <= 40, f"{name}.{node.name} has {length} lines"
+
+
+def test_library_leaves_the_configuration_alone():
+    for path in modules().values():
+        assert "config.update" not in path.read_text(), path
+
+
+def test_public_names_are_documented():
+    for name in dir(ij):
+        value = getattr(ij, name)
+        if not name.startswith("_") and callable(value):
+            assert value.__doc__ and len(value.__doc__) > 40, name
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_is_light():
+    """No flax module, matplotlib, tensorstore or orbax; under half a second of CPU beyond jax and optax (best of three)."""
+    code = (
+        "import time, sys, jax, optax; start = time.process_time(); import influence_jax; "
+        "print(time.process_time() - start, [m for m in sys.modules if m.split('.')[0] in "
+        "('flax', 'matplotlib', 'tensorstore', 'orbax', 'sklearn')])"
+    )
+    runs = [run(code).split(" ", 1) for _ in range(3)]
+    assert {heavy for _, heavy in runs} == {"[]"}
+    assert min(float(seconds) for seconds, _ in runs) < 0.5
+
+
+class TestJaxVersions:
+    @pytest.mark.parametrize(
+        "version", ["0.9.0", "0.9.2", "0.9.0.1", "0.11.0", "0.12.0.1", "1.0.0", "0.13.0.dev20270101"]
+    )
+    def test_supported(self, version):
+        require_supported_jax(version)
+
+    @pytest.mark.parametrize("version", ["0.10.0", "0.10.2", "0.10.3.dev1", "0.8.3", "0.4.38"])
+    def test_refused_in_words(self, version):
+        with pytest.raises(ImportError, match=rf"jax {version} .*pip install --upgrade 'jax>=0.9.0,!=0.10"):
+            require_supported_jax(version)
+
+    def test_importing_under_jax_0_10_is_refused(self):
+        code = (
+            "import jax; jax.__version__ = '0.10.2'\n"
+            "try:\n    import influence_jax\nexcept ImportError as error:\n    print(error)\n"
+            "else:\n    raise SystemExit('imported')"
+        )
+        message = run(code)
+        assert message.startswith("jax 0.10.2 silently computes wrong numbers on CPU")
+        assert "pip install --upgrade 'jax>=0.9.0,!=0.10.*'" in message
+
+
+class TestProbe:
+    """Programs that jax 0.10 gets wrong on CPU; any jax that fails here must be excluded, never retried."""
+
+    @pytest.mark.parametrize(("dtype", "rows"), [(np.float64, 16_385), (np.float32, 32_769), (np.float32, 40_000)])
+    @pytest.mark.parametrize("width", [2, 3, 4])
+    def test_vmapped_matvec_then_reduction(self, dtype, rows, width):
+        x = np.zeros((rows, width), dtype)
+        x[:, 0] = np.arange(rows)
+        matrix = np.eye(width, dtype=dtype)
+        program = jax.jit(lambda m, x: jax.vmap(lambda row: jnp.sum((m @ row) ** 2))(x))
+        assert np.count_nonzero(np.asarray(program(matrix, x)) != x[:, 0] ** 2) == 0
+
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_empirical_fisher_cholesky_solve(self, sharded):
+        """Per-example gradients, their Gram matrix, a Cholesky solve, on one device and on eight."""
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(512, 20)), rng.normal(size=(512, 3))
+        params = {"kernel": rng.normal(size=(20, 3)), "bias": rng.normal(size=3)}
+        residual = x @ params["kernel"] + params["bias"] - y
+        outer = (x[:, :, None] * residual[:, None, :]).reshape(512, -1)
+        grads = np.concatenate([residual, outer], axis=1)
+        dense = grads.T @ grads / 512 + 1e-2 * np.eye(63)
+        v = rng.normal(size=(8, 63))
+        data = ij.Batch(x, y)
+        if sharded:
+            mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+            data = jax.device_put(data, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        loss = ij.Objective(lambda p, z: z.x @ p["kernel"] + p["bias"], lambda out, z: 0.5 * jnp.sum((out - z.y) ** 2))
+        for _ in range(5):
+            inverse = ij.invert(ij.EmpiricalFisher(loss, params, data, chunk=64), ij.Direct(1e-2))
+            solved = ij.flatten(inverse.mm(ij.unflatten(jnp.asarray(v), params)), params)
+            assert relative_error(solved, np.linalg.solve(dense, v.T).T) < 1e-10
