@@ -108,8 +108,8 @@ def from_nnx(
         if isinstance(module, nnx.Module) and (training or getattr(module, "use_running_average", None) is False):
             where = "/".join(map(str, path)) or "the model itself"
             raise ValueError(
-                f"model: {where} ({type(module).__name__}) is in training mode, where the loss of one example is random "
-                "or depends on its batch; call model.eval() first"
+                f"model: {where} ({type(module).__name__}) is in training mode, where the loss of one example is "
+                "random or depends on its batch; call model.eval() first"
             )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     if not jax.tree.leaves(params):
@@ -142,9 +142,9 @@ class _LinenPredict:
                 return self.module.apply(variables, inputs, method=self.method, **dict(self.keywords))
             except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
                 raise ValueError(
-                    f"module: {type(self.module).__name__} runs dropout or batch norm in training mode, where the loss of "
-                    "one example is random or depends on its batch; pass the module's evaluation flag to from_linen, "
-                    f"e.g. train=False, deterministic=True or use_running_average=True (flax said: {error})"
+                    f"module: {type(self.module).__name__} runs dropout or batch norm in training mode, where the "
+                    "loss of one example is random or depends on its batch; pass the module's evaluation flag to "
+                    f"from_linen, e.g. train=False, deterministic=True or use_running_average=True (flax said: {error})"
                 ) from None
 
         return _on_batch_of_one(apply, get_field(example, self.input, "input"), self.batched)
@@ -157,6 +157,9 @@ class _NnxPredict:
     graph: Any
     input: str | int
     batched: bool
+
+    def __str__(self) -> str:
+        return "nnx module"
 
     def __call__(self, params: PyTree, example: PyTree, constants: PyTree) -> PyTree:
         from flax import nnx
@@ -172,7 +175,7 @@ def _on_batch_of_one(apply: Callable[[PyTree], PyTree], inputs: PyTree, batched:
     for leaf in jax.tree.leaves(outputs):
         if jnp.ndim(leaf) == 0 or leaf.shape[0] != 1:
             raise ValueError(
-                f"module: called on a batch of one it returned shape {jnp.shape(leaf)}, expected a leading axis of length "
-                "1; pass batched=False if the module takes one example"
+                f"module: called on a batch of one it returned shape {jnp.shape(leaf)}, expected a leading axis of "
+                "length 1; pass batched=False if the module takes one example"
             )
     return jax.tree.map(lambda x: x[0], outputs)

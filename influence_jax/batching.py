@@ -107,8 +107,8 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
             )
         if tree.is_float64_lost(leaf):
             raise TypeError(
-                f"{name}: leaf '{path}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast it with "
-                ".astype(numpy.float32) or run under jax.enable_x64(True)"
+                f"{name}: leaf '{path}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast it "
+                "with .astype(numpy.float32) or run under jax.enable_x64(True)"
             )
     return jax.tree.map(jnp.asarray, batch)
 

@@ -1,8 +1,9 @@
 r"""Influence: what each training example did to each query, through one linear operator.
 
-$\mathrm{score}_{qi} = \nabla f_q^\top\, P\, \nabla\ell_i$ for up-weighting and $\nabla f_q^\top\, P\, \partial_x\nabla\ell_i$ for
-perturbing inputs, with $P$ any linear operator on parameters: an inverse curvature for influence functions, the identity
-for gradient similarity.  A positive score means that training on the example lowers the query's loss.
+$\mathrm{score}_{qi} = \nabla f_q^\top\, P\, \nabla\ell_i$ for up-weighting and $\nabla f_q^\top\, P\,
+\partial_x\nabla\ell_i$ for perturbing inputs, with $P$ any linear operator on parameters: an inverse curvature for
+influence functions, the identity for gradient similarity.  A positive score means that training on the example lowers
+the query's loss.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ class TopK(NamedTuple):
 class Influence:
     r"""The interaction map between queries and training examples through an operator P.
 
-    Scores have rows for queries and columns for training examples, $s_{qi} = \nabla f_q^\top P \nabla\ell_i$, in float32 or
-    wider.  Positive: training on example i lowers the loss of query q (helpful).  No factor 1/N: removing example i changes
-    the query's loss by about $s_{qi}/N$ when P inverts the curvature of the mean loss.
+    Scores have rows for queries and columns for training examples, $s_{qi} = \nabla f_q^\top P \nabla\ell_i$, in
+    float32 or wider.  Positive: training on example i lowers the loss of query q (helpful).  No factor 1/N: removing
+    example i changes the query's loss by about $s_{qi}/N$ when P inverts the curvature of the mean loss.
 
     Args:
       objective: Loss of a training example: an `Objective` or a bare `f(params, example) -> scalar`.
       params: Where the derivatives are taken, leaves `(*leaf)`.
       inverse: The operator P, e.g. `invert(GGN(...), CG(1e-3))` or `Identity(params)`.
-      measurement: What is asked of a query, `f(params, example) -> scalar`, if not its loss; e.g. a logit margin.  Scores
-        are then the change of the measurement, with the sign of a loss.
+      measurement: What is asked of a query, `f(params, example) -> scalar`, if not its loss; e.g. a logit margin.
+        Scores are then the change of the measurement, with the sign of a loss.
       chunk: Training examples handled at once; chosen from the sizes if None.
       rhs_chunk: Factors handled at once in directional derivatives; one on CPU if None.
 
@@ -184,7 +185,8 @@ class Influence:
     def top_k(self, query: PyTree, train: PyTree, k: int) -> TopK:
         """The k most helpful training examples of each query; negate scores for the most harmful.
 
-        Streams over the training data, so memory grows with `Q (k + chunk)`, not with `Q N`.  Ties go to the lower index.
+        Streams over the training data, so memory grows with `Q (k + chunk)`, not with `Q N`.  Ties go to the lower
+        index.
 
         Args:
           query: Leaves `(Q, ...)`.

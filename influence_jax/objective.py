@@ -93,7 +93,7 @@ def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnl
         return objective
     if not callable(objective):
         raise TypeError(
-            f"{name}: got a {type(objective).__name__}, expected an Objective or a function f(params, example) -> scalar"
+            f"{name}: got a {type(objective).__name__}, expected an Objective or f(params, example) -> scalar"
         )
     _check_hashable(objective, name)
     return LossOnly(objective)
@@ -113,8 +113,8 @@ def _scalar(value: Any, fn: Callable) -> Array:
     value = jnp.asarray(value)
     if value.shape != ():
         raise ValueError(
-            f"loss: {_name(fn)} returned shape {value.shape} for one example, expected a scalar; reduce it over outputs "
-            "(mean or sum), and do not include a batch axis: examples are vmapped"
+            f"loss: {_name(fn)} returned shape {value.shape} for one example, expected a scalar; reduce it over "
+            "outputs (mean or sum), and do not include a batch axis: examples are vmapped"
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"loss: {_name(fn)} returned {value.dtype}, expected a real floating number")
@@ -122,7 +122,7 @@ def _scalar(value: Any, fn: Callable) -> Array:
 
 
 def _name(fn: Any) -> str:
-    return getattr(fn, "__qualname__", None) or type(fn).__name__
+    return getattr(fn, "__qualname__", None) or str(fn)
 
 
 def get_field(example: PyTree, name: str | int, argument: str) -> PyTree:

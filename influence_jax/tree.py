@@ -272,8 +272,8 @@ def check_params(params: PyTree, name: str = "params") -> PyTree:
             )
         if is_float64_lost(leaf):
             raise TypeError(
-                f"{name}: leaf '{leaf_name}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast it "
-                "to float32 or run under jax.enable_x64(True)"
+                f"{name}: leaf '{leaf_name}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast "
+                "it to float32 or run under jax.enable_x64(True)"
             )
     return jax.tree.map(jnp.asarray, params)
 

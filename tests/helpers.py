@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -105,7 +106,7 @@ def random_like(key: jax.Array, tree: Any, rows: int | None = None) -> Any:
 
 def random_mlp(key: jax.Array, sizes: tuple[int, ...] = (5, 4, 3)) -> dict:
     params = {}
-    for index, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         key, key_kernel, key_bias = jax.random.split(key, 3)
         params[f"layer{index}"] = {
             "kernel": jax.random.normal(key_kernel, (fan_in, fan_out)) / np.sqrt(fan_in),

@@ -23,12 +23,9 @@ LAYERS = [
     ["batching"],
     ["objective"],
     ["adapters", "gradients", "blocks"],
-    ["curvature.operator", "curvature.capabilities", "curvature.structured", "curvature.exact", "curvature.per_example"],
-    ["curvature"],
-    ["solvers.base", "solvers.direct", "solvers.cg"],
-    ["solvers"],
-    ["influence"],
-    [""],
+    ["curvature.operator", "curvature.capabilities", "curvature.structured", "curvature.exact",
+    "curvature.per_example"], ["curvature"], ["solvers.base", "solvers.direct", "solvers.cg"], ["solvers"],
+    ["influence"], [""],
 ]  # fmt: skip
 ORDER = [name for layer in LAYERS for name in layer]
 
@@ -85,7 +82,7 @@ def test_public_names_are_documented():
     for name in dir(ij):
         value = getattr(ij, name)
         if not name.startswith("_") and callable(value):
-            assert value.__doc__ and len(value.__doc__) > 40, name
+            assert len(value.__doc__ or "") > 40, name
 
 
 def run(code: str) -> str:
@@ -95,7 +92,7 @@ def run(code: str) -> str:
 
 
 def test_import_is_light():
-    """No flax module, matplotlib, tensorstore or orbax; under half a second of CPU beyond jax and optax (best of three)."""
+    """No flax module, matplotlib, tensorstore, orbax; under half a second beyond jax and optax (best of three)."""
     code = (
         "import time, sys, jax, optax; start = time.process_time(); import influence_jax; "
         "print(time.process_time() - start, [m for m in sys.modules if m.split('.')[0] in "

@@ -60,7 +60,7 @@ def test_solves_like_numpy(name, solver):
     assert tree_error(inverse.mm(V), X) < 1e-12
     lowest = np.linalg.eigvalsh(dense)[0]
     assert bool(jnp.all(info.min_curvature >= lowest - 1e-9))
-    if solver == "Eigh" or name in ("Hessian", "Identity", "Diagonal", "LowRank", "Scaled") and solver == "Direct":
+    if solver == "Eigh" or (name in ("Hessian", "Identity", "Diagonal", "LowRank", "Scaled") and solver == "Direct"):
         assert abs(float(info.min_curvature[0]) - lowest) < 1e-9
 
 
@@ -151,10 +151,7 @@ def test_derivatives_through_solves(solver, argument, mode):
     direction = helpers.random_like(jax.random.key(9), start)
     fn = lambda x: solved(solver, **{argument: x})
     expected = central_difference(fn, start, direction)
-    if mode == "forward":
-        got = jax.jvp(fn, (start,), (direction,))[1]
-    else:
-        got = ij.tree.dot(jax.grad(fn)(start), direction)
+    got = jax.jvp(fn, (start,), (direction,))[1] if mode == "forward" else ij.tree.dot(jax.grad(fn)(start), direction)
     assert abs(got - expected) < 1e-6 * abs(expected)
 
 
@@ -174,13 +171,15 @@ class TestConjugateGradients:
             residual = jax.tree.map(lambda v, ax, x: v - ax - 0.05 * x, V, op.mm(X), X)
             expected = ij.tree.norms(residual) / ij.tree.norms(V)
             assert relative_error(info.residual, expected) < 1e-6
-            assert bool(jnp.all(info.converged)) and bool(jnp.all(info.residual <= 2 * rtol))
+            assert bool(jnp.all(info.converged))
+            assert bool(jnp.all(info.residual <= 2 * rtol))
 
     def test_tolerances(self):
         """The stricter of the two does not count: either rtol or atol suffices."""
         op, V = OPERATORS["GGN"], right_hand_sides()
         loose = ij.invert(op, ij.CG(0.05, rtol=0.0, atol=1.0)).solve_many(V)[1]
-        assert bool(jnp.all(loose.residual * ij.tree.norms(V) <= 2.0)) and bool(jnp.all(loose.converged))
+        assert bool(jnp.all(loose.residual * ij.tree.norms(V) <= 2.0))
+        assert bool(jnp.all(loose.converged))
         assert bool(jnp.all(loose.steps < ij.invert(op, ij.CG(0.05, rtol=1e-8)).solve_many(V)[1].steps))
 
     def test_every_right_hand_side_stops_on_its_own(self):
@@ -213,7 +212,8 @@ class TestConjugateGradients:
         assert lowest < -1e-2
         X, info = ij.invert(op, ij.CG(0.0)).solve_many(right_hand_sides())
         assert not bool(jnp.any(info.converged))
-        assert bool(jnp.all(info.min_curvature < 0)) and bool(jnp.all(info.min_curvature >= lowest))
+        assert bool(jnp.all(info.min_curvature < 0))
+        assert bool(jnp.all(info.min_curvature >= lowest))
         assert bool(jnp.all(jnp.isfinite(ij.flatten(X, PARAMS))))
 
     def test_breakdown_on_a_singular_system(self):
@@ -231,7 +231,8 @@ class TestConjugateGradients:
 
     def test_max_steps(self):
         info = ij.invert(OPERATORS["GGN"], ij.CG(1e-3, rtol=1e-12, max_steps=3)).solve_many(right_hand_sides())[1]
-        assert info.steps.tolist() == [3] * 4 and not bool(jnp.any(info.converged))
+        assert info.steps.tolist() == [3] * 4
+        assert not bool(jnp.any(info.converged))
 
     def test_preconditioners(self):
         """A solver is fitted to the same operator, an operator is used as it is; neither changes the answer."""
@@ -243,13 +244,15 @@ class TestConjugateGradients:
             inverse = ij.invert(op, ij.CG(1e-3, rtol=1e-11, preconditioner=preconditioner))
             X, info = inverse.solve_many(V)
             assert tree_error(X, expected) < 1e-8
-            assert bool(jnp.all(info.converged)) and int(jnp.max(info.steps)) <= most
+            assert bool(jnp.all(info.converged))
+            assert int(jnp.max(info.steps)) <= most
             assert bool(jnp.all(info.steps < plain.steps)) or preconditioner is diagonal
 
     def test_indefinite_preconditioner_is_caught(self):
         inverse = ij.invert(OPERATORS["GGN"], ij.CG(0.1, preconditioner=-1.0 * ij.Identity(PARAMS)))
         X, info = inverse.solve_many(right_hand_sides())
-        assert not bool(jnp.any(info.converged)) and bool(jnp.all(jnp.isfinite(ij.flatten(X, PARAMS))))
+        assert not bool(jnp.any(info.converged))
+        assert bool(jnp.all(jnp.isfinite(ij.flatten(X, PARAMS))))
 
     def test_loop_on_the_host(self):
         """The same recurrence driven by Python, as a stream of data outside of memory needs it."""
@@ -263,7 +266,8 @@ class TestConjugateGradients:
         mm = lambda X: jax.tree.map(lambda a, x: a + 0.1 * x, op.mm(X), X)
         X, info = conjugate_gradients(mm, V, rtol=1e-12, while_loop=host_loop)
         Y, expected = conjugate_gradients(mm, V, rtol=1e-12)
-        assert tree_error(X, Y) < 1e-12 and info.steps.tolist() == expected.steps.tolist()
+        assert tree_error(X, Y) < 1e-12
+        assert info.steps.tolist() == expected.steps.tolist()
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
     def test_narrow_parameters_are_solved_in_float32(self, dtype, float32):
@@ -277,7 +281,8 @@ class TestConjugateGradients:
         x, info = inverse.solve(v)
         assert {leaf.dtype for leaf in jax.tree.leaves(x)} == {jnp.dtype(jnp.float32)}
         assert {leaf.dtype for leaf in jax.tree.leaves(inverse.mv(v))} == {jnp.dtype(dtype)}
-        assert bool(info.converged) and float(info.residual) < 2e-5
+        assert bool(info.converged)
+        assert float(info.residual) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -295,10 +300,12 @@ def test_singular_systems_say_so(solver, dtype):
 def test_zero_operator_and_dead_parameters():
     zero = ij.invert(ij.Diagonal({"w": jnp.zeros(3)}), ij.Direct(0.0))
     x, info = zero.solve({"w": jnp.ones(3)})
-    assert not bool(info.converged) and bool(jnp.all(jnp.isfinite(x["w"])))
+    assert not bool(info.converged)
+    assert bool(jnp.all(jnp.isfinite(x["w"])))
     dead = ij.invert(ij.Diagonal({"w": jnp.array([2.0, 0.0])}), ij.Direct(0.5))
     x, info = dead.solve({"w": jnp.ones(2)})
-    assert x["w"].tolist() == [0.4, 2.0] and bool(info.converged)
+    assert x["w"].tolist() == [0.4, 2.0]
+    assert bool(info.converged)
 
 
 class TestRelativeDamping:

@@ -116,9 +116,9 @@ class Hessian(OverData):
 class GGN(OverData):
     r"""Generalised Gauss-Newton matrix, $G = \frac{1}{\sum w}\sum_i w_i J_i^\top H_i J_i$.
 
-    $J_i = \partial_\theta\,\mathrm{predict}$ and $H_i = \nabla^2_{out}\,\mathrm{loss}$ at example i: the Hessian without
-    the curvature of the model.  Positive semi-definite for losses convex in the output, and equal to the Fisher matrix
-    for softmax cross-entropy and squared loss.
+    $J_i = \partial_\theta\,\mathrm{predict}$ and $H_i = \nabla^2_{out}\,\mathrm{loss}$ at example i: the Hessian
+    without the curvature of the model.  Positive semi-definite for losses convex in the output, and equal to the
+    Fisher matrix for softmax cross-entropy and squared loss.
 
     Args:
       objective: An `Objective`; the split into prediction and loss is what this is made of.
@@ -146,8 +146,8 @@ class GGN(OverData):
         if not isinstance(self.objective, Objective):
             raise TypeError(
                 f"objective: GGN got the bare function {self.objective!r}, expected an Objective, because it needs the "
-                "model's output; write Objective(predict, loss) with predict(params, example) and loss(output, example), "
-                "or use Hessian or EmpiricalFisher"
+                "model's output; write Objective(predict, loss) with predict(params, example) and loss(output, "
+                "example), or use Hessian or EmpiricalFisher"
             )
 
     @property

@@ -1,7 +1,7 @@
 r"""What follows from one factor per example, $C_i = L_i^\top R_i$ with C rows each.
 
-Empirical Fisher: $L_i = R_i = g_i^\top$, one row.  GGN: $L_i = J_i$ and $R_i = H_i J_i$, a row per output.  Diagonal and
-trace are then exact in one pass over the data, and the matrix is one product of tall matrices.
+Empirical Fisher: $L_i = R_i = g_i^\top$, one row.  GGN: $L_i = J_i$ and $R_i = H_i J_i$, a row per output.  Diagonal
+and trace are then exact in one pass over the data, and the matrix is one product of tall matrices.
 """
 
 from __future__ import annotations

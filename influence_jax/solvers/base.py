@@ -253,8 +253,8 @@ def _check_resolved(damping: Any, absolute: Any, op: LinearOperator) -> None:
         return
     if not float(absolute) >= 0 or (float(absolute) == 0 and float(damping.factor) != 0):
         raise ValueError(
-            f"damping: {damping!r} of {op!r} is {float(absolute)}, because its mean eigenvalue is not positive; give an "
-            "absolute damping"
+            f"damping: {damping!r} of {op!r} is {float(absolute)}, because its mean eigenvalue is not positive; give "
+            "an absolute damping"
         )
 
 

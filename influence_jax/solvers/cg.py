@@ -39,10 +39,10 @@ class CGState(NamedTuple):
 class CG(Solver):
     r"""Solve $(A + \lambda I) x = v$ by conjugate gradients, all right-hand sides in one loop.
 
-    Every right-hand side stops on its own, at $\|r\| \le \max(\mathrm{rtol}\,\|v\|, \mathrm{atol})$ from $x_0 = 0$, when it
-    meets non-positive curvature (the operator is indefinite: keeps the last iterate and reports it), or after `max_steps`.
-    One product more is spent on the true residual, which `Info` reports and `converged` is judged by.  Differentiable in
-    damping, parameters, weights and v.
+    Every right-hand side stops on its own, at $\|r\| \le \max(\mathrm{rtol}\,\|v\|, \mathrm{atol})$ from $x_0 = 0$,
+    when it meets non-positive curvature (the operator is indefinite: keeps the last iterate and reports it), or after
+    `max_steps`. One product more is spent on the true residual, which `Info` reports and `converged` is judged by.
+    Differentiable in damping, parameters, weights and v.
 
     Args:
       damping: $\lambda \ge 0$, or a `RelativeDamping`.

@@ -35,9 +35,9 @@ class SpectralState(NamedTuple):
 class Direct(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$.
 
-    Uses the eigendecomposition if the operator has one in closed form; else the dense matrix, by Cholesky if the operator
-    is positive semi-definite and by `Eigh` if not.  Dense work takes P² memory and P³ time.  A system that is singular to
-    working precision gives `converged=False`.  Differentiable in damping, parameters, weights and v.
+    Uses the eigendecomposition if the operator has one in closed form; else the dense matrix, by Cholesky if the
+    operator is positive semi-definite and by `Eigh` if not.  Dense work takes P² memory and P³ time.  A system that is
+    singular to working precision gives `converged=False`.  Differentiable in damping, parameters, weights and v.
 
     Args:
       damping: $\lambda \ge 0$, or a `RelativeDamping`.
@@ -87,8 +87,8 @@ class Direct(Solver):
 class Eigh(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$ by one dense eigendecomposition, for every damping.
 
-    `inverse.with_damping(x)` costs nothing, so a grid of dampings takes one fit; indefinite operators are solved exactly
-    and reported in `min_curvature` $= \lambda_{min} + \lambda$.  P² memory, P³ time.
+    `inverse.with_damping(x)` costs nothing, so a grid of dampings takes one fit; indefinite operators are solved
+    exactly and reported in `min_curvature` $= \lambda_{min} + \lambda$.  P² memory, P³ time.
 
     Args:
       damping: $\lambda \ge 0$, or a `RelativeDamping`.

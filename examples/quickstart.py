@@ -1,0 +1,167 @@
+"""Which training digits made this prediction, and which labels are wrong?
+
+Trains a small flax network on scikit-learn's digits with 5 % of the labels flipped, then asks it two questions with
+influence functions: which training images helped and hurt some test predictions, and which labels look wrong.  Runs in
+under a minute on a laptop CPU and saves one picture.
+"""
+
+# %% Data: digits, some with a wrong label
+import argparse
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import influence_jax as ij
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--train", type=int, default=1500, help="number of training images (at most 1700)")
+parser.add_argument("--epochs", type=int, default=40)
+parser.add_argument("--picture", default="quickstart.png", help="where to save the picture")
+args = parser.parse_args()
+
+digits = load_digits()
+order = np.random.default_rng(0).permutation(len(digits.target))
+images = (digits.data[order] / 16).astype(np.float32)
+truth = digits.target[order].astype(np.int32)
+
+rng = np.random.default_rng(1)
+flipped = np.sort(rng.choice(args.train, args.train // 20, replace=False))
+labels = truth.copy()
+labels[flipped] = (labels[flipped] + rng.integers(1, 10, len(flipped))) % 10
+
+train = ij.Batch(images[: args.train], labels[: args.train])
+test = ij.Batch(images[args.train :], truth[args.train :])
+
+# %% Model: an ordinary flax network, trained with optax
+net = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(10)])
+variables = net.init(jax.random.key(0), train.x[:1])
+
+
+def cross_entropy(logits: jax.Array, example: ij.Batch) -> jax.Array:
+    """The loss of ONE example: what influence is about."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example.y)
+
+
+objective, params = ij.from_linen(net, variables, cross_entropy)
+optimizer = optax.adamw(3e-3, weight_decay=1e-2)
+
+
+@jax.jit
+def fit_epoch(params, opt_state, key):
+    """One pass over shuffled minibatches."""
+    shuffled = jax.random.permutation(key, args.train)[: args.train // 50 * 50].reshape(-1, 50)
+
+    def step(carry, rows):
+        params, opt_state = carry
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], train)
+        loss = lambda p: jnp.mean(jax.vmap(objective, (None, 0))(p, batch))
+        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    return jax.lax.scan(step, (params, opt_state), shuffled)[0]
+
+
+started = time.perf_counter()
+opt_state = optimizer.init(params)
+for key in jax.random.split(jax.random.key(1), args.epochs):
+    params, opt_state = fit_epoch(params, opt_state, key)
+predicted = np.argmax(net.apply({"params": params}, test.x), axis=1)
+accuracy = np.mean(predicted == test.y)
+seconds = time.perf_counter() - started
+print(f"Trained on {args.train} digits, {len(flipped)} of them with a wrong label, in {seconds:.1f} s.")
+print(f"Test accuracy: {accuracy:.1%}\n")
+
+# %% Influence = objective + parameters + inverse curvature
+started = time.perf_counter()
+curvature = ij.GGN(objective, params, train)
+influence = ij.Influence(objective, params, ij.invert(curvature, ij.Direct(damping=1e-2)))
+print(influence)
+
+# %% Which training images helped, and which hurt, these predictions?
+# Two that the network gets wrong, if there are any, and two that it gets right.
+wrong, right = np.flatnonzero(predicted != test.y), np.flatnonzero(predicted == test.y)
+chosen = np.concatenate([wrong[:2], right])[:4]
+query = jax.tree.map(lambda x: x[chosen], test)
+scores = np.asarray(influence.influences(query, train))  # (4, N), positive: training on it lowers the query's loss
+ranked = np.argsort(-scores, axis=1)
+print(
+    f"Influence of {args.train} training digits on {len(chosen)} test digits: {time.perf_counter() - started:.1f} s.\n"
+)
+
+
+def describe(index: int, score: float) -> str:
+    """One training example in words."""
+    note = f", really a {truth[index]}: WRONG LABEL" if labels[index] != truth[index] else ""
+    return f"      #{index:<4d} labelled {labels[index]}{note} (score {score:+.2f})"
+
+
+for row, place in enumerate(chosen):
+    verdict = "correct" if predicted[place] == test.y[place] else "mistaken"
+    print(f"Test digit {place}: a {test.y[place]}, predicted {predicted[place]} ({verdict})")
+    for title, columns in (("most helpful", ranked[row, :3]), ("most harmful", ranked[row, ::-1][:3])):
+        print(f"   {title}:")
+        for column in columns:
+            print(describe(column, scores[row, column]))
+
+# %% Which labels are wrong? Those that a model can only explain by themselves
+started = time.perf_counter()
+self_influence = np.asarray(influence.self_influences(train))
+suspects = np.argsort(-self_influence)
+print(f"\nSelf-influence of {args.train} training digits: {time.perf_counter() - started:.1f} s.")
+print("Looking at the highest self-influence first:")
+for inspected in (len(flipped), 2 * len(flipped)):
+    found = np.isin(suspects[:inspected], flipped).sum()
+    print(
+        f"   top {inspected:3d} ({inspected / args.train:.0%} of the data): precision {found / inspected:.0%}, "
+        f"recall {found / len(flipped):.0%} of the {len(flipped)} flipped labels"
+    )
+
+# %% One picture of it all
+columns = 4
+figure = plt.figure(figsize=(13, 7.2), layout="constrained")
+top, bottom = figure.subfigures(2, 1, height_ratios=[1.9, 1])
+axes = top.subplots(len(chosen), 1 + 2 * columns, squeeze=False)
+
+
+def show(axis, image, title, color="black"):
+    """A digit with a caption."""
+    axis.imshow(image.reshape(8, 8), cmap="gray_r")
+    axis.set_title(title, fontsize=9, color=color)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+for row, place in enumerate(chosen):
+    show(axes[row, 0], test.x[place], f"test: a {test.y[place]}, predicted {predicted[place]}", "tab:blue")
+    for start, picks in ((1, ranked[row, :columns]), (1 + columns, ranked[row, ::-1][:columns])):
+        for offset, index in enumerate(picks):
+            bad = labels[index] != truth[index]
+            title = f"labelled {labels[index]}" + (" (wrong)" if bad else "") + f"\n{scores[row, index]:+.2f}"
+            show(axes[row, start + offset], images[index], title, "tab:red" if bad else "black")
+top.suptitle("Test digits, the training digits that helped them most (left four) and hurt them most (right four)")
+
+left, middle = bottom.subplots(1, 2)
+is_flipped = np.isin(np.arange(args.train), flipped)
+floor = max(self_influence.min(), 1e-6)
+bins = np.geomspace(floor, self_influence.max(), 40)
+left.hist(np.maximum(self_influence[~is_flipped], floor), bins, label="label as it was", color="tab:gray")
+left.hist(np.maximum(self_influence[is_flipped], floor), bins, label="label flipped", color="tab:red")
+left.set(xscale="log", yscale="log", xlabel="self-influence", ylabel="training digits", title="Wrong labels stand out")
+left.legend()
+share = np.arange(1, args.train + 1) / args.train
+middle.plot(share, np.cumsum(is_flipped[suspects]) / len(flipped), color="tab:red", label="by self-influence")
+middle.plot([0, 1], [0, 1], color="tab:gray", linestyle="--", label="at random")
+middle.set(xlim=(0, 0.5), ylim=(0, 1.02), xlabel="share of training data inspected", ylabel="flipped labels found")
+middle.set_title("Finding them")
+middle.legend(loc="lower right")
+figure.savefig(args.picture, dpi=110)
+print(f"\nPicture saved to {args.picture}")
