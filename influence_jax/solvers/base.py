@@ -100,7 +100,11 @@ def check_number(value: Any, name: str) -> None:
     """Raise unless `value` is a finite non-negative scalar; traced values pass unseen."""
     if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array) or np.ndim(value) != 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real | np.ndarray | jax.Array)
+        or getattr(value, "shape", ()) != ()
+    ):
         raise TypeError(f"{name}: got {value!r}, expected a non-negative number")
     if not 0 <= float(value) < float("inf"):
         raise ValueError(f"{name}: got {float(value)}, expected a finite non-negative number")
