@@ -107,7 +107,7 @@ for label, chunk in (("one chunk", EXAMPLES), ("default chunks", None), ("chunks
 for kind in (ij.Hessian, ij.GGN, ij.EmpiricalFisher):
     planned = {count: memory(kind, count) for count in (1_000, 10_000, 100_000)}
     report["temporary_bytes"][kind.__name__] = planned
-    print(f"{kind.__name__}: temporary MiB by examples {({n: round(b / 2**20, 2) for n, b in planned.items()})}")
+    print(f"{kind.__name__}: temporary MiB by examples { ({n: round(b / 2**20, 2) for n, b in planned.items()}) }")
 if args.output:
     with open(args.output, "w") as file:
         json.dump(report, file, indent=2)

@@ -8,7 +8,7 @@ precision, because accelerators may otherwise multiply in bfloat16 or TF32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,12 @@ def path_name(path: tuple) -> str:
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
     """`(name, leaf)` pairs in leaf order."""
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_loader)]
+
+
+def _is_loader(x: PyTree) -> bool:
+    """Whether `x` is an iterable that JAX does not know as a container; it warns about those."""
+    return isinstance(x, Iterable) and jax.tree_util.default_registry.flatten_one_level(x) is None
 
 
 def size(tree: PyTree) -> int:

@@ -143,10 +143,11 @@ def central_difference(fn, x, direction, step=1e-5):
     return (fn(shift(1.0)) - fn(shift(-1.0))) / (2 * step)
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("solver", "mode"), [("Direct", "reverse"), ("Eigh", "forward"), ("CG", "forward"), ("CG", "reverse")]
+)
 @pytest.mark.parametrize("argument", ["damping", "weights", "params"])
-@pytest.mark.parametrize("solver", [*EXACT, "CG"])
-def test_derivatives_through_solves(solver, argument, mode):
+def test_derivatives_through_solves(solver, mode, argument):
     start = {"damping": jnp.array(0.3), "weights": jnp.linspace(0.5, 1.5, 40), "params": PARAMS}[argument]
     direction = helpers.random_like(jax.random.key(9), start)
     fn = lambda x: solved(solver, **{argument: x})
@@ -309,8 +310,17 @@ def test_zero_operator_and_dead_parameters():
 
 
 class TestRelativeDamping:
-    @pytest.mark.parametrize("solver", SOLVERS)
-    @pytest.mark.parametrize("name", ["GGN", "EmpiricalFisher", "Diagonal", "LowRank", "Sum"])
+    @pytest.mark.parametrize(
+        ("name", "solver"),
+        [
+            ("GGN", "CG"),
+            ("GGN", "Direct"),
+            ("EmpiricalFisher", "Eigh"),
+            ("Diagonal", "Direct"),
+            ("LowRank", "Eigh"),
+            ("Sum", "CG"),
+        ],
+    )
     def test_is_a_multiple_of_the_mean_eigenvalue(self, name, solver):
         op, solver = OPERATORS[name], SOLVERS[solver]
         absolute = 0.1 * float(jnp.mean(jnp.linalg.eigvalsh(ij.to_dense(op))))
