@@ -7,6 +7,7 @@ runs, after one that compiles; memory is what the compiled program asks for beyo
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -51,7 +52,7 @@ def problem(count, sizes=SIZES):
             "kernel": jnp.asarray(rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in), jnp.float32),
             "bias": jnp.zeros(fan_out, jnp.float32),
         }
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)
+        for fan_in, fan_out in itertools.pairwise(sizes)
     ]
     x = jnp.asarray(rng.normal(size=(count, sizes[0])), jnp.float32)
     return params, {"x": x, "y": jnp.asarray(rng.integers(0, sizes[-1], count), jnp.int32)}
