@@ -198,8 +198,11 @@ class TestConjugateGradients:
         assert abs(info.min_curvature[0] - values[-1] - 0.05) < 1e-9
         assert float(jnp.max(jnp.abs(ij.flatten(X, PARAMS)[1]))) == 0.0
         for index in range(4):
-            alone = inverse.solve(jax.tree.map(lambda v, i=index: v[i], V))[0]
-            assert float(jnp.max(jnp.abs(ij.flatten(alone, PARAMS) - ij.flatten(X, PARAMS)[index]))) == 0.0
+            alone, alone_info = inverse.solve(jax.tree.map(lambda v, i=index: v[i], V))
+            # Stacks of different lengths are different programs, which may differ in the last bit.
+            difference = jnp.max(jnp.abs(ij.flatten(alone, PARAMS) - ij.flatten(X, PARAMS)[index]))
+            assert difference <= 1e-14 * jnp.max(jnp.abs(ij.flatten(X, PARAMS)))
+            assert alone_info.steps == info.steps[index]
 
     def test_more_right_hand_sides_than_parameters(self):
         """pyDVL leaves those beyond the number of parameters at zero."""
