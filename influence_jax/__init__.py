@@ -10,6 +10,7 @@ _require_supported_jax(_jax)
 
 from .adapters import from_linen as from_linen, from_nnx as from_nnx
 from .batching import Batch as Batch
+from .blocks import by_layer as by_layer, by_parameter as by_parameter, full as full
 from .curvature import (
     GGN as GGN,
     Diagonal as Diagonal,
@@ -33,10 +34,13 @@ from .gradients import (
     mixed_product as mixed_product,
     per_example_grads as per_example_grads,
 )
-from .influence import Influence as Influence, InfluenceMode as InfluenceMode, TopK as TopK
+from .influence import Influence as Influence, InfluenceMode as InfluenceMode
+from .model import InfluenceFunctionModel as InfluenceFunctionModel, NotFittedError as NotFittedError
 from .objective import Objective as Objective
+from .scoring import TopK as TopK
 from .solvers import (
     CG as CG,
+    Blockwise as Blockwise,
     Direct as Direct,
     Eigh as Eigh,
     Info as Info,

@@ -1,12 +1,16 @@
 """Parts of a parameter tree: leaves chosen by name, and trees put together again.
 
-A block is a tuple of leaf names; a block vector is a flat dict `{name: leaf}`.
+A block is a tuple of leaf names; a block vector is a flat dict `{name: leaf}`.  A partition is given by a function from
+a leaf's name to its block's name (`full`, `by_layer`, `by_parameter`, or your own), or by a dict from block names to
+prefixes of leaf names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 
@@ -14,7 +18,115 @@ from . import tree
 from ._pytree import dataclass, static
 from ._typing import Array, PyTree
 
-Block = tuple[str, ...]
+Block: TypeAlias = tuple[str, ...]
+Blocks: TypeAlias = Callable[[str], str] | Mapping[str, Sequence[str]]
+
+
+def full(name: str) -> str:
+    """All parameters in one block, called `""`.
+
+    Example:
+      >>> full("encoder/dense/kernel")
+      ''
+    """
+    return ""
+
+
+def by_layer(name: str) -> str:
+    """A block per layer: the path of a leaf without its last part; a leaf at the root is a block of its own.
+
+    Example:
+      >>> by_layer("encoder/dense/kernel"), by_layer("scale")
+      ('encoder/dense', 'scale')
+    """
+    return name.rpartition("/")[0] or name
+
+
+def by_parameter(name: str) -> str:
+    """A block per parameter leaf.
+
+    Example:
+      >>> by_parameter("encoder/dense/kernel")
+      'encoder/dense/kernel'
+    """
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefixes:
+    """A partition by prefixes, hashable: what a dict of prefixes becomes."""
+
+    items: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __call__(self, name: str) -> str:
+        """The block of a leaf that `check` has found to be in exactly one."""
+        return self.owners(name)[0]
+
+    def owners(self, name: str) -> list[str]:
+        """The blocks that a leaf is in."""
+        return [block for block, prefixes in self.items if any(_is_below(name, prefix) for prefix in prefixes)]
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise if a prefix matches nothing, or a leaf is covered by no block or by several."""
+        prefixes = [prefix for _, group in self.items for prefix in group]
+        unknown = [prefix for prefix in prefixes if not any(_is_below(name, prefix) for name in names)]
+        if unknown:
+            raise ValueError(f"blocks: prefixes {unknown} match no parameter, expected prefixes of {list(names)}")
+        wrong = {name: self.owners(name) for name in names if len(self.owners(name)) != 1}
+        if wrong:
+            raise ValueError(
+                f"blocks: every leaf has to be in exactly one block, but these are in none or several: {wrong}"
+            )
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return name == prefix or prefix == "" or name.startswith(prefix + "/")
+
+
+def as_blocks(blocks: Blocks) -> Callable[[str], str]:
+    """A partition as a hashable function from leaf names to block names.
+
+    Raises:
+      TypeError: If it is neither a function nor a dict of lists of prefixes.
+    """
+    if isinstance(blocks, Mapping):
+        for block, prefixes in blocks.items():
+            if isinstance(prefixes, str) or not all(isinstance(prefix, str) for prefix in prefixes):
+                raise TypeError(f"blocks: got {block!r}: {prefixes!r}, expected a list of prefixes of leaf names")
+        return Prefixes(tuple((block, tuple(prefixes)) for block, prefixes in blocks.items()))
+    if not callable(blocks):
+        raise TypeError(
+            f"blocks: got {blocks!r}, expected full, by_layer, by_parameter, a function from leaf name to block "
+            "name, or a dict {block name: [prefixes of leaf names]}"
+        )
+    return blocks
+
+
+def partition(space: PyTree, blocks: Blocks) -> OrderedDict[str, Block]:
+    """The blocks of a space, in the order of their first leaves.
+
+    Raises:
+      TypeError: If `blocks` is not a partition, or names a block by something else than a string.
+      ValueError: If a dict of prefixes does not cover every leaf exactly once.
+    """
+    names = [name for name, _ in tree.named_leaves(space)]
+    label = as_blocks(blocks)
+    if isinstance(label, Prefixes):
+        label.check(names)
+    groups: OrderedDict[str, Block] = OrderedDict()
+    for name in names:
+        block = label(name)
+        if not isinstance(block, str):
+            raise TypeError(f"blocks: gave {block!r} for leaf '{name}', expected the name of a block, a string")
+        groups[block] = (*groups.get(block, ()), name)
+    return groups
+
+
+def join(parts: Mapping[str, dict[str, Array]], space: PyTree) -> PyTree:
+    """The whole tree from block vectors (or stacks of them), by name."""
+    leaves = {name: leaf for part in parts.values() for name, leaf in part.items()}
+    structure = jax.tree.structure(space)
+    return structure.unflatten([leaves[name] for name, _ in tree.named_leaves(space)])
 
 
 def as_block(block: Sequence[str], space: PyTree) -> Block:
@@ -63,6 +175,11 @@ class Frozen:
     def merge(self, block: dict[str, Array]) -> PyTree:
         """The whole tree, with `block` in its place."""
         return self.structure.unflatten([block[name] if name in block else self.leaves[name] for name in self.names])
+
+
+def whole(params: PyTree, frozen: Frozen | None) -> PyTree:
+    """The whole tree from a block and what is frozen around it; `params` itself if nothing is."""
+    return params if frozen is None else frozen.merge(params)
 
 
 def freeze_rest(params: PyTree, block: Block, frozen: Frozen | None) -> tuple[dict[str, Array], Frozen]:

@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from functools import partial
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from . import tree
-from ._jaxpr_compat import matmul_flops
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, LossFunction, PyTree
-from .batching import as_batch, check_chunk, chunk_for, map_chunks, map_over, scan_chunks
-from .curvature import LinearOperator
-from .gradients import _jacobian_product, _mixed_product, _per_example_grads, check_wrt
-from .objective import LossOnly, Objective, as_objective
-
-# A product with per-example gradients costs what this many directional derivatives do, plus this many operations per
-# parameter for writing and reading the gradients; fitted to MLPs, a CNN and a transformer on CPU.
-GRADIENT_PASSES = 3
-OPERATIONS_PER_ENTRY = 150
+from .batching import as_batch, check_chunk, chunk_for, map_chunks
+from .blocks import Block, Blocks, full, join, partition, select
+from .curvature import Identity, LinearOperator
+from .gradients import _per_example_grads, check_wrt
+from .objective import LossOnly, Objective, as_objective, on_block
+from .scoring import TopK, count, inner_products, perturbed, top_k
+from .solvers import Inverse
 
 
 class InfluenceMode(enum.StrEnum):
@@ -38,18 +34,6 @@ class InfluenceMode(enum.StrEnum):
 
     Up = "up"
     Perturbation = "perturbation"
-
-
-class TopK(NamedTuple):
-    """The most influential training examples of each query.
-
-    Attributes:
-      values: Scores `(Q, k)`, descending.
-      indices: Places in the training batch, `(Q, k)` int32.
-    """
-
-    values: Array
-    indices: Array
 
 
 @dataclass
@@ -130,8 +114,8 @@ class Influence:
         query, train, mode = as_batch(query, "query"), as_batch(train, "train"), as_mode(mode)
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
-            return _perturbation(self, _factors(self, query), train, wrt)
-        if _count(train) < _count(query) and getattr(self.inverse, "symmetric", True):
+            return self._perturbed(_factors(self, query), train, wrt)
+        if count(train) < count(query) and getattr(self.inverse, "symmetric", True):
             return _up_from_train(self, query, train)
         return _up(self, _factors(self, query), train)
 
@@ -152,7 +136,7 @@ class Influence:
         """Influence of every training example from factors; as `influences`, without the solves.
 
         Args:
-          factors: What `influence_factors` returned, leaves `(Q, *leaf)`.
+          factors: What `influence_factors` or `influence_factors_by_block` returned, leaves `(Q, *leaf)`.
           train: Leaves `(N, ...)`.
           mode: `"up"` or `"perturbation"`.
           wrt: The perturbed part of a training example.
@@ -164,12 +148,137 @@ class Influence:
           ValueError: If the factors are not a stack of parameter-shaped trees, or as `influences`.
           TypeError: If the perturbed part is not floating.
         """
+        if isinstance(factors, OrderedDict):
+            factors = self._joined(factors)
         tree.check_stack(factors, self.params, "factors")
         train, mode = as_batch(train, "train"), as_mode(mode)
         if mode is InfluenceMode.Up:
             return _up(self, factors, train)
         check_wrt(train, wrt)
-        return _perturbation(self, factors, train, wrt)
+        return self._perturbed(factors, train, wrt)
+
+    def _perturbed(self, factors: PyTree, train: PyTree, wrt: str | int) -> PyTree:
+        objective = as_objective(self.objective)
+        return perturbed(objective, self.params, factors, train, wrt, self.chunk, self.rhs_chunk)
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the blocks that the inverse treats apart; `("",)` if it does not."""
+        return tuple(self._parts)
+
+    @property
+    def _parts(self) -> Mapping[str, LinearOperator]:
+        return self.inverse.by_block if isinstance(self.inverse, Inverse) else {"": self.inverse}
+
+    def block(self, name: str) -> Influence:
+        r"""The influence that goes through one block of the inverse: one summand of the total, computed on its own.
+
+        Raises:
+          ValueError: If there is no block of that name.
+        """
+        if name not in self._parts:
+            raise ValueError(f"name: got {name!r}, expected one of the blocks {list(self.block_names)}")
+        part = self._parts[name]
+        if part is self.inverse:
+            return self
+        return self._on(tuple(part.space), part)
+
+    def _on(self, block: Block, inverse: LinearOperator | None = None) -> Influence:
+        """The same losses as functions of a block; through the identity if no inverse is given."""
+        objective, params = on_block(as_objective(self.objective), self.params, block)
+        asked = None if self.measurement is None else on_block(self.asked, self.params, block)[0]
+        inverse = Identity(params) if inverse is None else inverse
+        return dataclasses.replace(self, objective=objective, params=params, inverse=inverse, measurement=asked)
+
+    def influence_factors_by_block(self, query: PyTree, *, blocks: Blocks | None = None) -> OrderedDict[str, PyTree]:
+        r"""Factors $(P\,\nabla f_q)_b$ of each block.
+
+        Args:
+          query: Leaves `(Q, ...)`.
+          blocks: How to split; the inverse's own blocks if None, so that each is computed on its own.
+
+        Returns:
+          Block names in leaf order, to flat dicts `{leaf name: (Q, *leaf)}`.
+
+        Raises:
+          TypeError, ValueError: If `blocks` is not a partition of the parameters.
+        """
+        if blocks is None and len(self.block_names) > 1:
+            parts = ((name, self.block(name).influence_factors(query)) for name in self.block_names)
+            return OrderedDict(parts)
+        groups = partition(self.params, full if blocks is None else blocks)
+        factors = self.influence_factors(query)
+        return OrderedDict((name, select(factors, block)) for name, block in groups.items())
+
+    def influences_from_factors_by_block(
+        self,
+        factors: Mapping[str, PyTree],
+        train: PyTree,
+        mode: str | InfluenceMode = "up",
+        *,
+        wrt: str | int = "x",
+    ) -> OrderedDict[str, PyTree]:
+        """Each block's summand of the influence, from factors by block.
+
+        Args:
+          factors: What `influence_factors_by_block` returned.
+          train: Leaves `(N, ...)`.
+          mode: `"up"` or `"perturbation"`.
+          wrt: The perturbed part of a training example.
+
+        Returns:
+          Block names to `(Q, N)`, or `(Q, N, *x.shape)` for perturbation; they sum to the total.
+
+        Raises:
+          TypeError: If the factors are not a dict by block.
+          ValueError: As `influences_from_factors`.
+        """
+        self._joined(factors)
+        return OrderedDict(
+            (name, self._on(tuple(part)).influences_from_factors(dict(part), train, mode, wrt=wrt))
+            for name, part in factors.items()
+        )
+
+    def influences_by_block(
+        self,
+        query: PyTree,
+        train: PyTree,
+        mode: str | InfluenceMode = "up",
+        *,
+        wrt: str | int = "x",
+        blocks: Blocks | None = None,
+    ) -> OrderedDict[str, PyTree]:
+        r"""Each block's summand of the influence, $(P\,\nabla f_q)_b^\top\, (\nabla\ell_i)_b$; they sum to the total.
+
+        Args:
+          query: Leaves `(Q, ...)`.
+          train: Leaves `(N, ...)`.
+          mode: `"up"` or `"perturbation"`.
+          wrt: The perturbed part of a training example.
+          blocks: How to split; the inverse's own blocks if None, with one block in memory at a time.
+
+        Returns:
+          Block names in leaf order, to `(Q, N)`, or `(Q, N, *x.shape)` for perturbation.
+
+        Raises:
+          TypeError, ValueError: As `influences`, or if `blocks` is not a partition of the parameters.
+        """
+        mode = as_mode(mode)
+        if blocks is None and len(self.block_names) > 1:
+            parts = ((name, self.block(name).influences(query, train, mode, wrt=wrt)) for name in self.block_names)
+            return OrderedDict(parts)
+        factors = self.influence_factors_by_block(query, blocks=blocks)
+        return self.influences_from_factors_by_block(factors, train, mode, wrt=wrt)
+
+    def _joined(self, factors: Mapping[str, PyTree]) -> PyTree:
+        """Factors by block as one tree, checked to hold every leaf once."""
+        if not isinstance(factors, Mapping) or not all(isinstance(part, Mapping) for part in factors.values()):
+            raise TypeError("factors: expected {block: {leaf name: array}}, as influence_factors_by_block returns")
+        got = sorted(name for part in factors.values() for name in part)
+        expected = sorted(name for name, _ in tree.named_leaves(self.params))
+        if got != expected:
+            raise ValueError(f"factors: got the leaves {got}, expected each of {expected} once")
+        return join(factors, self.params)
 
     def self_influences(self, batch: PyTree) -> Array:
         r"""Influence of each example on itself, $\nabla\ell_i^\top P \nabla\ell_i$; high for mislabelled examples.
@@ -203,9 +312,10 @@ class Influence:
         query, train = as_batch(query, "query"), as_batch(train, "train")
         if isinstance(k, bool) or not isinstance(k, int | np.integer):
             raise TypeError(f"k: got {k!r}, expected an int")
-        if not 1 <= k <= _count(train):
-            raise ValueError(f"k: got {k}, expected between 1 and {_count(train)}, the number of training examples")
-        return _top_k(self, _factors(self, query), train, int(k))
+        if not 1 <= k <= count(train):
+            raise ValueError(f"k: got {k}, expected between 1 and {count(train)}, the number of training examples")
+        objective, factors = as_objective(self.objective), _factors(self, query)
+        return top_k(objective, self.params, factors, train, int(k), self.chunk, self.rhs_chunk)
 
     def __repr__(self) -> str:
         asked = "" if self.measurement is None else f", measurement={self.measurement!r}"
@@ -223,86 +333,30 @@ def as_mode(mode: Any) -> InfluenceMode:
     raise ValueError(f"mode: got {mode!r}, expected one of {[str(m) for m in InfluenceMode]}")
 
 
-def _count(batch: PyTree) -> int:
-    return jax.tree.leaves(batch)[0].shape[0]
-
-
-def _apply(inverse: LinearOperator, stack: PyTree) -> PyTree:
-    return inverse.mm(tree.promote(stack))
-
-
 @jax.jit
 def _factors(influence: Influence, query: PyTree) -> PyTree:
     grads = _per_example_grads(influence.asked, influence.params, query, influence.chunk)
-    return _apply(influence.inverse, grads)
-
-
-def _scores(influence: Influence, objective: Objective | LossOnly, factors: PyTree, batch: PyTree) -> Array:
-    """Inner products of factors and per-example gradients, `(N, Q)`."""
-    params = influence.params
-    if _directional(objective, params, batch, _count(factors)):
-        return _jacobian_product(objective, params, batch, factors, influence.chunk, influence.rhs_chunk)
-    wide = tree.promote(params)
-
-    def one(example: PyTree) -> Array:
-        return tree.gram(factors, tree.stack_of_one(jax.grad(objective)(wide, example)))[:, 0]
-
-    return map_over(one, batch, chunk=influence.chunk or chunk_for(tree.size(params)))
-
-
-def _directional(objective: Objective | LossOnly, params: PyTree, batch: PyTree, factors: int) -> bool:
-    """Whether one forward-mode pass per factor is cheaper than gradients of every example and one matrix product.
-
-    Decided from shapes: a model that uses its parameters once per example (a dense network) spends more on storing
-    gradients than on computing them, one that uses them at every position (convolution, sequence) does not.
-    """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    flops = matmul_flops(jax.make_jaxpr(objective)(params, shapes))
-    return factors <= GRADIENT_PASSES + OPERATIONS_PER_ENTRY * tree.size(params) / max(flops, 1)
+    return influence.inverse.mm(tree.promote(grads))
 
 
 @jax.jit
 def _up(influence: Influence, factors: PyTree, train: PyTree) -> Array:
-    return _scores(influence, as_objective(influence.objective), factors, train).T
+    objective = as_objective(influence.objective)
+    return inner_products(objective, influence.params, factors, train, influence.chunk, influence.rhs_chunk).T
 
 
 @jax.jit
 def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> Array:
     """Solve for the training examples, which are fewer than the queries; P is self-adjoint."""
     grads = _per_example_grads(influence.objective, influence.params, train, influence.chunk)
-    return _scores(influence, influence.asked, _apply(influence.inverse, grads), query)
-
-
-@partial(jax.jit, static_argnames="wrt")
-def _perturbation(influence: Influence, factors: PyTree, train: PyTree, wrt: str | int) -> PyTree:
-    objective, params = influence.objective, influence.params
-    products = _mixed_product(objective, params, train, factors, wrt, influence.chunk, influence.rhs_chunk)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), products)
+    factors = influence.inverse.mm(tree.promote(grads))
+    return inner_products(influence.asked, influence.params, factors, query, influence.chunk, influence.rhs_chunk)
 
 
 @jax.jit
 def _self_influences(influence: Influence, batch: PyTree) -> Array:
     def one_chunk(part: PyTree) -> Array:
-        grads = _per_example_grads(influence.objective, influence.params, part)
-        return tree.dots(_apply(influence.inverse, grads), grads)
+        grads = tree.promote(_per_example_grads(influence.objective, influence.params, part))
+        return tree.dots(influence.inverse.mm(grads), grads)
 
     return map_chunks(one_chunk, batch, chunk=influence.chunk or chunk_for(tree.size(influence.params)))
-
-
-@partial(jax.jit, static_argnames="k")
-def _top_k(influence: Influence, factors: PyTree, train: PyTree, k: int) -> TopK:
-    count, queries = _count(train), _count(factors)
-
-    def merge(best: tuple[Array, Array], part: PyTree, indices: Array) -> tuple[Array, Array]:
-        scores = _scores(influence, as_objective(influence.objective), factors, part).T
-        losses = jnp.where(indices < count, -scores, jnp.inf)
-        places = jnp.broadcast_to(indices, scores.shape)
-        together = (jnp.concatenate([best[0], losses], 1), jnp.concatenate([best[1], places], 1))
-        # Two keys: score first, then the lower index, whatever the order of the chunks.
-        losses, places = lax.sort(together, dimension=1, num_keys=2)
-        return losses[:, :k], places[:, :k]
-
-    dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
-    none = (jnp.full((queries, k), jnp.inf, dtype), jnp.full((queries, k), np.iinfo(np.int32).max, jnp.int32))
-    losses, indices = scan_chunks(merge, none, train, chunk=influence.chunk)
-    return TopK(-losses, indices)

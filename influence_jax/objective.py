@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from . import tree
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, PyTree
+from .blocks import Block, Frozen, freeze_rest, whole
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Objective:
         Static: define it once, for a fresh lambda compiles again.
       loss: `loss(output, example) -> scalar`.  Static.
       constants: Pytree of arrays that are not differentiated, e.g. batch statistics.
+      frozen: Set by the library on the restriction to a block of parameters: the leaves outside the block.
 
     Raises:
       TypeError: If `predict` or `loss` is not callable; on a call, if the loss is not a real floating number.
@@ -42,6 +44,7 @@ class Objective:
     predict: Callable[..., PyTree] = static()
     loss: Callable[[PyTree, PyTree], Array] = static()
     constants: PyTree = dataclasses.field(default=None, kw_only=True)
+    frozen: Frozen | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, value in (("predict", self.predict), ("loss", self.loss)):
@@ -52,6 +55,7 @@ class Objective:
 
     def output(self, params: PyTree, example: PyTree) -> PyTree:
         """The model's output for one example."""
+        params = whole(params, self.frozen)
         if self.constants is None:
             return self.predict(params, example)
         return self.predict(params, example, self.constants)
@@ -74,10 +78,11 @@ class LossOnly:
     """A bare `f(params, example) -> scalar`: enough for gradients, Hessian and empirical Fisher."""
 
     fn: Callable[[PyTree, PyTree], Array] = static()
+    frozen: Frozen | None = None
 
     def __call__(self, params: PyTree, example: PyTree) -> Array:
         """The loss of one example."""
-        return _scalar(self.fn(params, example), self.fn)
+        return _scalar(self.fn(whole(params, self.frozen), example), self.fn)
 
     def __repr__(self) -> str:
         return f"LossOnly({_name(self.fn)})"
@@ -97,6 +102,14 @@ def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnl
         )
     _check_hashable(objective, name)
     return LossOnly(objective)
+
+
+def on_block(
+    objective: Objective | LossOnly, params: PyTree, block: Block
+) -> tuple[Objective | LossOnly, dict[str, Array]]:
+    """The same loss as a function of one block of the parameters, a flat dict, and that block."""
+    chosen, frozen = freeze_rest(params, block, objective.frozen)
+    return dataclasses.replace(objective, frozen=frozen), chosen
 
 
 def _check_hashable(fn: Callable, name: str) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 
 import influence_jax as ij
 import influence_jax.influence as influence_module
+from influence_jax import scoring
 
 PARAMS = helpers.random_mlp(jax.random.key(0))
 TRAIN = helpers.random_batch(jax.random.key(1), 17, 5, 3, classes=True)
@@ -42,7 +43,7 @@ UP = flat_grads(QUERY) @ DENSE @ flat_grads(TRAIN).T
 @pytest.fixture(params=["directional", "gradients"])
 def path(request, monkeypatch):
     """Both ways to the scores: forward-mode passes, and per-example gradients with one matrix product."""
-    monkeypatch.setattr(influence_module, "_directional", lambda *_: request.param == "directional")
+    monkeypatch.setattr(scoring, "_directional", lambda *_: request.param == "directional")
     return ij.Objective(lambda p, z: helpers.mlp(p, z), helpers.cross_entropy)  # a new one, so that it is traced anew
 
 

@@ -20,13 +20,16 @@ PACKAGE = pathlib.Path(ij.__file__).parent
 LAYERS = [
     ["_typing", "_jax_version", "_jaxpr_compat", "_pytree"],
     ["tree"],
-    ["batching"],
+    ["batching", "blocks"],
     ["objective"],
-    ["adapters", "gradients", "blocks"],
-    ["curvature.operator", "curvature.capabilities", "curvature.structured", "curvature.exact",
-    "curvature.per_example"], ["curvature"], ["solvers.base", "solvers.direct", "solvers.cg"], ["solvers"],
-    ["influence"], [""],
-]  # fmt: skip
+    ["adapters", "gradients", "scoring"],
+    ["curvature.operator", "curvature.capabilities", "curvature.structured"],
+    ["curvature.exact", "curvature.per_example", "curvature"],
+    ["solvers.base", "solvers.direct", "solvers.cg", "solvers.blockwise", "solvers"],
+    ["influence"],
+    ["model"],
+    [""],
+]
 ORDER = [name for layer in LAYERS for name in layer]
 
 

@@ -379,7 +379,7 @@ def test_a_solver_of_ones_own():
             rows = jnp.ones(jax.tree.leaves(V)[0].shape[0])
             return X, ij.Info(jnp.int32(rows), jnp.nan * rows, rows > 0, jnp.nan * rows)
 
-        def with_damping(self, state, damping):
+        def with_damping(self, state, damping, *, key=None):
             raise ValueError("damping: Richardson has none")
 
     op = OPERATORS["Diagonal"] + 1.0 * ij.Identity(PARAMS)

@@ -21,7 +21,7 @@ from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
 from ..batching import as_batch, check_chunk, map_over, rhs_chunk_or_default, sum_over, take
 from ..gradients import matching
-from ..objective import LossOnly, Objective, as_objective
+from ..objective import LossOnly, Objective, as_objective, on_block
 from .capabilities import minibatch, restrict, sums, wide_dtype
 from .operator import LinearOperator
 
@@ -31,7 +31,6 @@ class OverData(LinearOperator, abc.ABC):
     """Fields and bookkeeping shared by the operators over a data set; abstract.
 
     Attributes:
-      frozen: The leaves outside the block, if this is the restriction to a block.
       total: What the weighted sum is divided by; the sum of the weights if None.
     """
 
@@ -41,7 +40,6 @@ class OverData(LinearOperator, abc.ABC):
     weights: Array | None = dataclasses.field(default=None, kw_only=True)
     chunk: int | None = static(default=None, kw_only=True)
     rhs_chunk: int | None = static(default=None, kw_only=True)  # type: ignore[assignment]
-    frozen: blocks.Frozen | None = dataclasses.field(default=None, kw_only=True)
     total: Array | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -66,13 +64,9 @@ class OverData(LinearOperator, abc.ABC):
         tree.check_vector(v, self.params, "v")
         return _mean_product(self, v)
 
-    def whole(self, params: PyTree) -> PyTree:
-        """The full parameter tree the objective is called with."""
-        return params if self.frozen is None else self.frozen.merge(params)
-
     def loss(self, params: PyTree, example: PyTree) -> Array:
-        """The loss of one example at the parameters of this block."""
-        return as_objective(self.objective)(self.whole(params), example)
+        """The loss of one example."""
+        return as_objective(self.objective)(params, example)
 
     @abc.abstractmethod
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
@@ -161,7 +155,7 @@ class GGN(OverData):
 
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def outputs(p: PyTree) -> PyTree:
-            return jax.vmap(partial(self.split.output, self.whole(p)))(batch)
+            return jax.vmap(partial(self.split.output, p))(batch)
 
         def cost(out: PyTree) -> Array:
             return _weighted_sum(jax.vmap(self.split.cost)(out, batch), weights)
@@ -282,5 +276,5 @@ def _(op: OverData, indices: Array) -> LinearOperator:
 
 @restrict.register
 def _(op: OverData, block: Sequence[str]) -> LinearOperator:
-    params, frozen = blocks.freeze_rest(op.params, blocks.as_block(block, op.params), op.frozen)
-    return dataclasses.replace(op, params=params, frozen=frozen)
+    objective, params = on_block(as_objective(op.objective), op.params, blocks.as_block(block, op.params))
+    return dataclasses.replace(op, objective=objective, params=params)

@@ -7,5 +7,6 @@ from .base import (
     Solver as Solver,
     invert as invert,
 )
+from .blockwise import Blockwise as Blockwise
 from .cg import CG as CG, conjugate_gradients as conjugate_gradients
 from .direct import Direct as Direct, Eigh as Eigh

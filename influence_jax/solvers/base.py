@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
+from ..blocks import Block, select
 from ..curvature import LinearOperator, trace
 
 
@@ -59,13 +61,17 @@ class Solver(Protocol):
         """Solve for one vector, the K = 1 case of `apply_many`."""
         return tree.only(self.apply_many(state, tree.stack_of_one(v)))
 
-    def with_damping(self, state: PyTree, damping: Array) -> PyTree:
-        """The state for another damping, where that needs no new fit.
+    def with_damping(self, state: PyTree, damping: Any, *, key: Key | None = None) -> tuple[Solver, PyTree]:
+        """The solver and its state at another damping, where that needs no new fit.
 
         Raises:
           ValueError: If the state cannot serve another damping.
         """
         ...
+
+    def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
+        """The inverses of the diagonal blocks that the solver treats apart; one block `""` unless it says otherwise."""
+        return OrderedDict({"": inverse})
 
 
 @dataclass
@@ -127,7 +133,14 @@ def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator
     dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(op.space)))
     if not isinstance(damping, RelativeDamping):
         return jnp.asarray(damping, dtype)
-    return jnp.asarray(damping.factor, dtype) * (trace(op, key=key) / op.size).astype(dtype)
+    mean = (trace(op, key=key) / op.size).astype(dtype)
+    # Under tracing nothing can raise: NaN turns into `converged=False`, and `invert` raises for it on the host.
+    return jnp.where(mean > 0, jnp.asarray(damping.factor, dtype) * mean, jnp.nan)
+
+
+def redamp(solver: Any, state: Any, damping: Any, key: Key | None) -> tuple[Any, Any]:
+    """`with_damping` of a solver whose state is an operator, a damping, and what does not depend on it."""
+    return dataclasses.replace(solver, damping=damping), state._replace(damping=resolve_damping(damping, state.op, key))
 
 
 def damped_product(op: LinearOperator, damping: Array, X: PyTree) -> PyTree:
@@ -198,10 +211,33 @@ class Inverse(LinearOperator):
           ValueError: If the solver's state is tied to its damping (Cholesky), or the damping is negative.
         """
         check_damping(damping)
-        absolute = resolve_damping(damping, self.op, key)
-        _check_resolved(damping, absolute, self.op)
-        state = self.solver.with_damping(self.state, absolute)
-        return Inverse(self.op, dataclasses.replace(self.solver, damping=damping), state)  # type: ignore[type-var]
+        solver, state = self.solver.with_damping(self.state, damping, key=key)
+        _check_resolved(solver, state, self.op)
+        return Inverse(self.op, solver, state)
+
+    @property
+    def by_block(self) -> OrderedDict[str, Inverse]:
+        """The inverses of the diagonal blocks that the solver treats apart; one block `""` for most solvers."""
+        return self.solver.by_block(self)
+
+    @property
+    def blocks(self) -> OrderedDict[str, Block]:
+        """Names of the leaves in each block."""
+        names = {block: tuple(n for n, _ in tree.named_leaves(part.space)) for block, part in self.by_block.items()}
+        return OrderedDict(names)
+
+    def solve_by_block(self, v: PyTree) -> OrderedDict[str, tuple[PyTree, Info]]:
+        """Each block's solution, a flat dict `{name: leaf}`, and how its solve went.
+
+        Raises:
+          ValueError: If `v` is not shaped like the parameters.
+        """
+        tree.check_vector(v, self.space, "v")
+        solved = OrderedDict()
+        for block, part in self.by_block.items():
+            x, info = part.solve(v if part is self else select(v, self.blocks[block]))
+            solved[block] = (select(x, self.blocks[block]), info)
+        return solved
 
     @property
     def space(self) -> PyTree:
@@ -248,18 +284,22 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
     if not isinstance(solver, Solver) or isinstance(solver, type):
         raise TypeError(f"solver: got {solver!r}, expected a solver such as influence_jax.CG(damping=1e-3)")
     state = _init(solver, op, key)
-    _check_resolved(getattr(solver, "damping", None), getattr(state, "damping", None), op)
+    _check_resolved(solver, state, op)
     return Inverse(op, solver, state)
 
 
-def _check_resolved(damping: Any, absolute: Any, op: LinearOperator) -> None:
-    if not isinstance(damping, RelativeDamping) or isinstance(absolute, jax.core.Tracer):
+def _check_resolved(solver: Solver, state: PyTree, op: LinearOperator) -> None:
+    """Raise, on the host, if a `RelativeDamping` met a mean eigenvalue that is not positive."""
+    is_relative = lambda x: isinstance(x, RelativeDamping)
+    if not any(map(is_relative, jax.tree.leaves(solver, is_leaf=is_relative))):
         return
-    if not float(absolute) >= 0 or (float(absolute) == 0 and float(damping.factor) != 0):
-        raise ValueError(
-            f"damping: {damping!r} of {op!r} is {float(absolute)}, because its mean eigenvalue is not positive; give "
-            "an absolute damping"
-        )
+    is_state = lambda x: hasattr(x, "op") and hasattr(x, "damping")
+    for damping in (part.damping for part in jax.tree.leaves(state, is_leaf=is_state) if is_state(part)):
+        if not isinstance(damping, jax.core.Tracer) and not np.isfinite(damping):
+            raise ValueError(
+                f"damping: {solver!r} on {op!r} asks for a multiple of the mean eigenvalue, which is not positive; "
+                "give an absolute damping"
+            )
 
 
 @jax.jit

@@ -23,6 +23,7 @@ from .base import (
     check_number,
     damped_product,
     implicit_solve,
+    redamp,
     resolve_damping,
 )
 
@@ -104,8 +105,8 @@ class CG(Solver):
             return lax.stop_gradient(self.preconditioner).mm
         return lambda R: self.preconditioner.apply_many(fitted, R)[0]
 
-    def with_damping(self, state: CGState, damping: Array) -> CGState:
-        return state._replace(damping=damping)
+    def with_damping(self, state: CGState, damping: Any, *, key: Key | None = None) -> tuple[CG, CGState]:
+        return redamp(self, state, damping, key)
 
     def __repr__(self) -> str:
         return f"CG(damping={self.damping}, rtol={self.rtol}, max_steps={self.max_steps})"

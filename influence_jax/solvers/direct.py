@@ -2,7 +2,7 @@ r"""Exact solves: closed forms, Cholesky, eigendecomposition."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator, LowRank, Unsupported, spectral, to_dense
-from .base import Info, RelativeDamping, Solver, check_damping, implicit_solve, resolve_damping
+from .base import Info, RelativeDamping, Solver, check_damping, implicit_solve, redamp, resolve_damping
 
 
 class CholeskyState(NamedTuple):
@@ -71,13 +71,15 @@ class Direct(Solver):
 
         return implicit_solve(state.op, state.damping, V, solve)
 
-    def with_damping(self, state: CholeskyState | SpectralState, damping: Array) -> SpectralState:
+    def with_damping(
+        self, state: CholeskyState | SpectralState, damping: Any, *, key: Key | None = None
+    ) -> tuple[Direct, SpectralState]:
         if isinstance(state, CholeskyState):
             raise ValueError(
                 "damping: Direct has factorised this operator at its damping and cannot change it; use "
                 "influence_jax.Eigh(damping), one eigendecomposition that serves every damping"
             )
-        return state._replace(damping=damping)
+        return redamp(self, state, damping, key)
 
     def __repr__(self) -> str:
         return f"Direct(damping={self.damping})"
@@ -111,8 +113,8 @@ class Eigh(Solver):
     def apply_many(self, state: SpectralState, V: PyTree) -> tuple[PyTree, Info]:
         return implicit_solve(state.op, state.damping, V, lambda B: spectral_solve(lax.stop_gradient(state), B))
 
-    def with_damping(self, state: SpectralState, damping: Array) -> SpectralState:
-        return state._replace(damping=damping)
+    def with_damping(self, state: SpectralState, damping: Any, *, key: Key | None = None) -> tuple[Eigh, SpectralState]:
+        return redamp(self, state, damping, key)
 
     def __repr__(self) -> str:
         return f"Eigh(damping={self.damping})"
