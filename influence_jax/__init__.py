@@ -41,6 +41,7 @@ from .scoring import TopK as TopK
 from .solvers import (
     CG as CG,
     Blockwise as Blockwise,
+    ConvergenceWarning as ConvergenceWarning,
     Direct as Direct,
     Eigh as Eigh,
     Info as Info,

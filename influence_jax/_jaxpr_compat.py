@@ -24,6 +24,15 @@ def matmul_flops(jaxpr: Any) -> int:
     return total
 
 
+def uses(jaxpr: Any, primitive: str) -> bool:
+    """Whether a primitive whose name starts like that occurs, at any depth."""
+    equations = _open(jaxpr).eqns
+    if any(equation.primitive.name.startswith(primitive) for equation in equations):
+        return True
+    inner = (jaxpr for equation in equations for value in equation.params.values() for jaxpr in _jaxprs(value))
+    return any(uses(jaxpr, primitive) for jaxpr in inner)
+
+
 def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 

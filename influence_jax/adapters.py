@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._typing import Array, PyTree
 from .objective import Objective, get_field
@@ -66,7 +67,7 @@ def from_linen(
     for name, value in apply_kwargs.items():
         if name in _NOT_FOR_FLAX_APPLY:
             raise TypeError(f"{name}: not accepted, {_NOT_FOR_FLAX_APPLY[name]}; use the module's evaluation mode")
-        if isinstance(value, jax.Array):
+        if isinstance(value, jax.Array | np.ndarray):
             raise TypeError(
                 f"{name}: got an array, expected a Python value; make arrays part of the example or variables"
             )
@@ -104,7 +105,7 @@ def from_nnx(
     from flax import nnx
 
     for path, module in nnx.iter_graph(model):
-        training = getattr(module, "deterministic", None) is False and getattr(module, "rate", 1.0) != 0.0
+        training = getattr(module, "deterministic", None) is False and _dropout_rate(module) != 0.0
         if isinstance(module, nnx.Module) and (training or getattr(module, "use_running_average", None) is False):
             where = "/".join(map(str, path)) or "the model itself"
             raise ValueError(
@@ -117,7 +118,11 @@ def from_nnx(
     return Objective(_NnxPredict(graph, input, batched), loss, constants=rest), params
 
 
-@dataclasses.dataclass(frozen=True)
+def _dropout_rate(module: Any) -> float:
+    return getattr(module, "rate", getattr(module, "dropout_rate", 1.0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _LinenPredict:
     """`module.apply` on one example, equal for equal modules."""
 
@@ -129,9 +134,18 @@ class _LinenPredict:
 
     def __hash__(self) -> int:
         # Modules with list attributes (nn.Sequential) compare by value but do not hash; equal ones share a type.
-        return hash(
-            (type(self.module), self.input, self.batched, self.method, tuple(name for name, _ in self.keywords))
-        )
+        return hash((type(self.module), self.input, self.batched, self.method))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _LinenPredict):
+            return NotImplemented
+        try:
+            return all(getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self))
+        except ValueError:  # attributes that are arrays have no truth value: not known to be equal
+            return self.module is other.module and self.keywords is other.keywords
+
+    def __str__(self) -> str:
+        return type(self.module).__name__
 
     def __call__(self, params: PyTree, example: PyTree, constants: PyTree = None) -> PyTree:
         from flax import errors

@@ -168,7 +168,10 @@ def mixed_product(
 
 def check_wrt(batch: PyTree, wrt: str | int) -> None:
     """Raise unless `wrt` names a floating part of the examples."""
-    for path, leaf in tree.named_leaves(get_field(batch, wrt, "wrt")):
+    leaves = tree.named_leaves(get_field(batch, wrt, "wrt"))
+    if not leaves:
+        raise ValueError(f"wrt: part {wrt!r} of the examples is empty, expected a floating array or a tree of them")
+    for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"wrt: part {wrt!r}{f' (leaf {path})' if path else ''} is {leaf.dtype}, which has no derivative; for "
@@ -193,7 +196,7 @@ def _jacobian_product(
     chunk: int | None = None,
     rhs_chunk: int | None = None,
 ) -> Array:
-    params, vectors = matching(params, vectors)
+    params, vectors = matching(params, tree.promote(vectors))
 
     def one(example: PyTree) -> Array:
         def along(vector: PyTree) -> Array:
@@ -212,10 +215,7 @@ def _mixed_grads(
     params = tree.promote(params)
 
     def one(example: PyTree) -> PyTree:
-        def input_gradient(p: PyTree) -> PyTree:
-            return jax.grad(lambda x: objective(p, replace_field(example, wrt, x)))(get_field(example, wrt, "wrt"))
-
-        return jax.jacfwd(input_gradient)(params)
+        return jax.jacfwd(partial(_input_gradient, objective, example, wrt))(params)
 
     input_size = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(get_field(batch, wrt, "wrt")))
     return map_over(one, batch, chunk=chunk or chunk_for(tree.size(params) * input_size))
@@ -231,19 +231,21 @@ def _mixed_product(
     chunk: int | None = None,
     rhs_chunk: int | None = None,
 ) -> PyTree:
-    params, vectors = matching(params, vectors)
+    params, vectors = matching(params, tree.promote(vectors))
 
     def one(example: PyTree) -> PyTree:
-        def input_gradient(p: PyTree) -> PyTree:
-            return jax.grad(lambda x: objective(p, replace_field(example, wrt, x)))(get_field(example, wrt, "wrt"))
-
         def along(vector: PyTree) -> PyTree:
-            return jax.jvp(input_gradient, (params,), (vector,))[1]
+            return jax.jvp(partial(_input_gradient, objective, example, wrt), (params,), (vector,))[1]
 
         return map_over(along, vectors, chunk=rhs_chunk_or_default(rhs_chunk))
 
-    products = map_over(one, batch, chunk=chunk)
-    return tree.promote(products)
+    return map_over(one, batch, chunk=chunk)
+
+
+def _input_gradient(objective: Objective | LossOnly, example: PyTree, wrt: str | int, params: PyTree) -> PyTree:
+    """Gradient of the loss in a part of the example, float32 or wider."""
+    start = tree.promote(get_field(example, wrt, "wrt"))
+    return jax.grad(lambda x: objective(params, replace_field(example, wrt, x)))(start)
 
 
 def matching(params: PyTree, vectors: PyTree) -> tuple[PyTree, PyTree]:

@@ -15,18 +15,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from . import tree
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, LossFunction, PyTree
-from .batching import as_batch, check_chunk, chunk_for, map_chunks
+from .batching import as_batch, check_chunk, check_positive, chunk_for, map_chunks
 from .blocks import Block, Blocks, full, join, partition, select
 from .curvature import Identity, LinearOperator
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
 from .scoring import TopK, count, inner_products, perturbed, top_k
-from .solvers import Inverse
+from .solvers import Info, Inverse, warn_unconverged
 
 
 class InfluenceMode(enum.StrEnum):
@@ -42,7 +41,8 @@ class Influence:
 
     Scores have rows for queries and columns for training examples, $s_{qi} = \nabla f_q^\top P \nabla\ell_i$, in
     float32 or wider.  Positive: training on example i lowers the loss of query q (helpful).  No factor 1/N: removing
-    example i changes the query's loss by about $s_{qi}/N$ when P inverts the curvature of the mean loss.
+    example i changes the query's loss by about $s_{qi}/N$ when P inverts the curvature of the mean loss.  Solves that
+    do not converge are a `ConvergenceWarning`, except under tracing.
 
     Args:
       objective: Loss of a training example: an `Objective` or a bare `f(params, example) -> scalar`.
@@ -57,6 +57,7 @@ class Influence:
       TypeError, ValueError: If an argument is not of that form, or P does not act on `params`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import influence_jax as ij
       >>> objective = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
       >>> params, data = {"w": jnp.array(1.0)}, {"x": jnp.array([1.0, 2.0]), "y": jnp.array([2.0, 1.0])}
@@ -114,10 +115,12 @@ class Influence:
         query, train, mode = as_batch(query, "query"), as_batch(train, "train"), as_mode(mode)
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
-            return self._perturbed(_factors(self, query), train, wrt)
-        if count(train) < count(query) and getattr(self.inverse, "symmetric", True):
-            return _up_from_train(self, query, train)
-        return _up(self, _factors(self, query), train)
+            return self._perturbed(self._solved(query), train, wrt)
+        if count(train) < count(query) and self.inverse.symmetric:
+            scores, info = _up_from_train(self, query, train)
+            warn_unconverged(info, self.inverse)
+            return scores
+        return _up(self, self._solved(query), train)
 
     def influence_factors(self, query: PyTree) -> PyTree:
         r"""Factors $P\,\nabla f_q$: one solve per query, reusable against any training data.
@@ -128,7 +131,12 @@ class Influence:
         Returns:
           Tree like the parameters, leaves `(Q, *leaf)`, float32 or wider.
         """
-        return _factors(self, as_batch(query, "query"))
+        return self._solved(as_batch(query, "query"))
+
+    def _solved(self, query: PyTree) -> PyTree:
+        factors, info = _factors(self, query)
+        warn_unconverged(info, self.inverse)
+        return factors
 
     def influences_from_factors(
         self, factors: PyTree, train: PyTree, mode: str | InfluenceMode = "up", *, wrt: str | int = "x"
@@ -289,13 +297,15 @@ class Influence:
         Returns:
           `(N,)`.
         """
-        return _self_influences(self, as_batch(batch, "batch"))
+        values, info = _self_influences(self, as_batch(batch, "batch"))
+        warn_unconverged(info, self.inverse)
+        return values
 
     def top_k(self, query: PyTree, train: PyTree, k: int) -> TopK:
         """The k most helpful training examples of each query; negate scores for the most harmful.
 
-        Streams over the training data, so memory grows with `Q (k + chunk)`, not with `Q N`.  Ties go to the lower
-        index.
+        Streams over the training data, so beyond the factors memory grows with `Q (k + chunk)`, not with `Q N`.  Ties
+        go to the lower index.
 
         Args:
           query: Leaves `(Q, ...)`.
@@ -310,11 +320,10 @@ class Influence:
           ValueError: If k is not between 1 and N.
         """
         query, train = as_batch(query, "query"), as_batch(train, "train")
-        if isinstance(k, bool) or not isinstance(k, int | np.integer):
-            raise TypeError(f"k: got {k!r}, expected an int")
-        if not 1 <= k <= count(train):
+        check_positive(k, "k")
+        if k > count(train):
             raise ValueError(f"k: got {k}, expected between 1 and {count(train)}, the number of training examples")
-        objective, factors = as_objective(self.objective), _factors(self, query)
+        objective, factors = as_objective(self.objective), self._solved(query)
         return top_k(objective, self.params, factors, train, int(k), self.chunk, self.rhs_chunk)
 
     def __repr__(self) -> str:
@@ -328,15 +337,21 @@ def as_mode(mode: Any) -> InfluenceMode:
     Raises:
       ValueError: If there is no such mode.
     """
-    if mode in tuple(InfluenceMode):
+    if isinstance(mode, str) and mode in tuple(InfluenceMode):
         return InfluenceMode(mode)
     raise ValueError(f"mode: got {mode!r}, expected one of {[str(m) for m in InfluenceMode]}")
 
 
+def _solve(inverse: LinearOperator, grads: PyTree) -> tuple[PyTree, Info | None]:
+    if isinstance(inverse, Inverse):
+        return inverse.solve_many(tree.promote(grads))
+    return inverse.mm(tree.promote(grads)), None
+
+
 @jax.jit
-def _factors(influence: Influence, query: PyTree) -> PyTree:
+def _factors(influence: Influence, query: PyTree) -> tuple[PyTree, Info | None]:
     grads = _per_example_grads(influence.asked, influence.params, query, influence.chunk)
-    return influence.inverse.mm(tree.promote(grads))
+    return _solve(influence.inverse, grads)
 
 
 @jax.jit
@@ -346,17 +361,19 @@ def _up(influence: Influence, factors: PyTree, train: PyTree) -> Array:
 
 
 @jax.jit
-def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> Array:
+def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[Array, Info | None]:
     """Solve for the training examples, which are fewer than the queries; P is self-adjoint."""
     grads = _per_example_grads(influence.objective, influence.params, train, influence.chunk)
-    factors = influence.inverse.mm(tree.promote(grads))
-    return inner_products(influence.asked, influence.params, factors, query, influence.chunk, influence.rhs_chunk)
+    factors, info = _solve(influence.inverse, grads)
+    chunks = influence.chunk, influence.rhs_chunk
+    return inner_products(influence.asked, influence.params, factors, query, *chunks), info
 
 
 @jax.jit
-def _self_influences(influence: Influence, batch: PyTree) -> Array:
-    def one_chunk(part: PyTree) -> Array:
-        grads = tree.promote(_per_example_grads(influence.objective, influence.params, part))
-        return tree.dots(influence.inverse.mm(grads), grads)
+def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
+    def one_chunk(part: PyTree) -> tuple[Array, Info | None]:
+        grads = _per_example_grads(influence.objective, influence.params, part)
+        solved, info = _solve(influence.inverse, grads)
+        return tree.dots(solved, tree.promote(grads)), info
 
     return map_chunks(one_chunk, batch, chunk=influence.chunk or chunk_for(tree.size(influence.params)))

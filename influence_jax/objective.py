@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -22,6 +22,9 @@ class Objective:
 
     $\ell(\theta, z) = \mathrm{loss}(\mathrm{predict}(\theta, z), z)$ for ONE example $z$, without a batch axis.  The
     split is what Gauss-Newton and Fisher need.  Keep regularisers out of it: they belong to the damping.
+
+    The library compiles what it is given, once per function: arrays that a function closes over, or that hang on the
+    object whose method it is, are read at the first call and kept.  Put what changes into `params` or `constants`.
 
     Args:
       predict: `predict(params, example) -> output`, or `predict(params, example, constants)` when constants are given.
@@ -51,6 +54,8 @@ class Objective:
             if not callable(value):
                 raise TypeError(f"{name}: got a {type(value).__name__}, expected a function of one example")
             _check_hashable(value, name)
+        for path, leaf in tree.named_leaves(self.constants):
+            _check_constant(leaf, path)
         set_field(self, "constants", jax.tree.map(jnp.asarray, self.constants))
 
     def output(self, params: PyTree, example: PyTree) -> PyTree:
@@ -112,6 +117,15 @@ def on_block(
     return dataclasses.replace(objective, frozen=frozen), chosen
 
 
+def _check_constant(leaf: Any, path: str) -> None:
+    if isinstance(leaf, int | float | complex):
+        return
+    if not hasattr(leaf, "dtype"):
+        raise TypeError(f"constants: leaf '{path}' is {leaf!r}, expected an array; put what is none into the function")
+    if tree.is_float64_lost(leaf):
+        raise TypeError(f"constants: leaf '{path}' is float64 but 64-bit mode is off; cast it to float32")
+
+
 def _check_hashable(fn: Callable, name: str) -> None:
     try:
         hash(fn)
@@ -152,6 +166,10 @@ def get_field(example: PyTree, name: str | int, argument: str) -> PyTree:
 
 def replace_field(example: PyTree, name: str | int, value: PyTree) -> PyTree:
     """A copy of the example with one part replaced; no constructor runs."""
+    if isinstance(example, MutableMapping):
+        changed = copy.copy(example)
+        changed[name] = value
+        return changed
     if isinstance(example, Mapping):
         return type(example)({**example, name: value})  # type: ignore[call-arg]
     if dataclasses.is_dataclass(example):

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from . import tree
-from ._jaxpr_compat import matmul_flops
+from ._jaxpr_compat import matmul_flops, uses
 from ._typing import Array, PyTree
 from .batching import chunk_for, map_over, scan_chunks
 from .gradients import _jacobian_product, _mixed_product
@@ -61,7 +60,10 @@ def _directional(objective: Objective | LossOnly, params: PyTree, batch: PyTree,
     gradients than on computing them, one that uses them at every position (convolution, sequence) does not.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    flops = matmul_flops(jax.make_jaxpr(objective)(params, shapes))
+    jaxpr = jax.make_jaxpr(objective)(params, shapes)
+    if uses(jaxpr, "custom_vjp_call"):  # has no forward mode
+        return False
+    flops = matmul_flops(jaxpr)
     return factors <= GRADIENT_PASSES + OPERATIONS_PER_ENTRY * tree.size(params) / max(flops, 1)
 
 
@@ -93,18 +95,16 @@ def top_k(
     """The k largest inner products of each factor, merged chunk by chunk."""
     total, queries = count(batch), count(factors)
 
-    def merge(best: tuple[Array, Array], part: PyTree, indices: Array) -> tuple[Array, Array]:
-        scores = inner_products(objective, params, factors, part, chunk, rhs_chunk).T
-        losses = jnp.where(indices < total, -scores, jnp.inf)
-        places = jnp.broadcast_to(indices, scores.shape)
-        together = (jnp.concatenate([best[0], losses], 1), jnp.concatenate([best[1], places], 1))
-        # Two keys: score first, then the lower index, whatever the order of the chunks.
-        losses, places = lax.sort(together, dimension=1, num_keys=2)
-        return losses[:, :k], places[:, :k]
+    def merge(best: tuple[Array, ...], part: PyTree, indices: Array) -> tuple[Array, ...]:
+        losses = -inner_products(objective, params, factors, part, chunk, rhs_chunk).T
+        places = jnp.broadcast_to(indices, losses.shape)
+        together = [jnp.concatenate(pair, axis=1) for pair in zip(best, (places >= total, losses, places), strict=True)]
+        # Real examples before padding, then by score with NaN last, then the lower index, whatever the chunks.
+        return tuple(column[:, :k] for column in lax.sort(together, dimension=1, num_keys=3))
 
     dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
-    none = (jnp.full((queries, k), jnp.inf, dtype), jnp.full((queries, k), np.iinfo(np.int32).max, jnp.int32))
-    losses, indices = scan_chunks(merge, none, batch, chunk=chunk)
+    none = (jnp.ones((queries, k), bool), jnp.zeros((queries, k), dtype), jnp.full((queries, k), total, jnp.int32))
+    _, losses, indices = scan_chunks(merge, none, batch, chunk=chunk)
     return TopK(-losses, indices)
 
 

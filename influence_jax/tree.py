@@ -21,8 +21,10 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 def path_name(path: tuple) -> str:
-    """Slash-separated name of a leaf, e.g. `"encoder/0/kernel"`; the `/value` that flax.nnx appends is dropped."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    """Slash-separated name of a leaf, e.g. `"encoder/0/kernel"`; the `value` of an nnx.Param is not part of it."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
@@ -269,8 +271,12 @@ def check_params(params: PyTree, name: str = "params") -> PyTree:
         twice = sorted({leaf_name for leaf_name in names if names.count(leaf_name) > 1})
         raise ValueError(f"{name}: leaves share the names {twice}; rename keys that contain '/'")
     for leaf_name, leaf in leaves:
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            got = getattr(leaf, "dtype", type(leaf).__name__)
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"{name}: leaf '{leaf_name}' is a {type(leaf).__name__}, expected a floating array; use jnp.asarray"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            got = leaf.dtype
             raise TypeError(
                 f"{name}: leaf '{leaf_name}' is {got}, expected a real floating array; move what is not trained "
                 "(counters, keys, integer tables) into Objective(..., constants=...)"
@@ -291,8 +297,11 @@ def check_vector(vector: PyTree, like: PyTree, name: str, *, lead: tuple[int, ..
         expected = (*lead, *other.shape)
         if jnp.shape(leaf) != expected:
             raise ValueError(f"{name}: leaf '{leaf_name}' has shape {jnp.shape(leaf)}, expected {expected}")
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(f"{name}: leaf '{leaf_name}' is {jnp.result_type(leaf)}, expected a floating dtype")
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            got = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(f"{name}: leaf '{leaf_name}' is {got}, expected an array of a floating dtype")
+        if is_float64_lost(leaf):
+            raise TypeError(f"{name}: leaf '{leaf_name}' is float64 but 64-bit mode is off; cast it to float32")
 
 
 def check_stack(stack: PyTree, like: PyTree, name: str) -> int:
@@ -308,7 +317,7 @@ def check_stack(stack: PyTree, like: PyTree, name: str) -> int:
 
 
 def _structure_difference(vector: PyTree, like: PyTree) -> str:
-    if len(jax.tree.leaves(like)) > 1 and isinstance(vector, jax.Array | np.ndarray):
+    if isinstance(vector, jax.Array | np.ndarray):
         return (
             f"got one array of shape {vector.shape}, expected a tree shaped like the parameters; "
             "turn a flat array into one with influence_jax.unflatten(array, params)"

@@ -1,9 +1,12 @@
 """flax modules, linen and nnx, give the same objective as the plain function they compute."""
 
+import typing
+
 import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from helpers import relative_error, tree_error
@@ -147,6 +150,22 @@ def test_constants_are_the_third_argument():
     assert float(op.mv({"w": jnp.array(1.0)})["w"]) == 18.0
     slope = jax.grad(lambda op: op.mv({"w": jnp.array(1.0)})["w"], allow_int=True)(op)
     assert float(slope.objective.constants["scale"]) == 12.0
+
+
+def test_modules_with_array_attributes():
+    """They compare to something without a truth value; each is then a program of its own, not an error."""
+
+    class Scaled(nn.Module):
+        scale: typing.Any
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, param_dtype=jnp.float64)(x) * self.scale[None]
+
+    for _ in range(2):
+        net = Scaled(np.array([1.0, 2.0, 3.0]))
+        objective, params = ij.from_linen(net, net.init(jax.random.key(0), BATCH.x), helpers.cross_entropy)
+        ij.GGN(objective, params, BATCH).mv(params)
 
 
 class TestEvaluationMode:

@@ -150,6 +150,83 @@ class TestTopK:
         order = [0, 2, 4, 6] if best == 0 else [1, 3, 5]
         assert top.indices[0].tolist()[: len(order)] == order
 
+    @pytest.mark.parametrize("chunk", [None, 1, 5])
+    def test_not_a_number_comes_last_with_its_own_index(self, chunk):
+        influence = ij.Influence(lambda p, z: OBJECTIVE(p, z), PARAMS, ij.Identity(PARAMS), chunk=chunk)
+        poisoned = ij.Batch(TRAIN.x.at[4].set(jnp.nan), TRAIN.y)
+        top = influence.top_k(QUERY, poisoned, 17)
+        assert top.indices[:, -1].tolist() == [4] * 6
+        assert jnp.sort(top.indices, axis=1).tolist() == [list(range(17))] * 6
+        assert bool(jnp.all(jnp.isnan(top.values[:, -1])) & jnp.all(jnp.isfinite(top.values[:, :-1])))
+
+
+class TestUnconverged:
+    """A solve that fails is a warning on the host, wherever scores come from it."""
+
+    def test_every_way_to_a_score(self):
+        indefinite = ij.Hessian(OBJECTIVE, PARAMS, TRAIN)
+        assert jnp.linalg.eigvalsh(ij.to_dense(indefinite))[0] < -1e-3
+        influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(indefinite, ij.CG(0.0)))
+        for call in (
+            lambda: influence.influences(QUERY, TRAIN),
+            lambda: influence.influences(TRAIN, QUERY),
+            lambda: influence.influences(QUERY, TRAIN, "perturbation"),
+            lambda: influence.influence_factors(QUERY),
+            lambda: influence.self_influences(TRAIN),
+            lambda: influence.top_k(QUERY, TRAIN, 2),
+        ):
+            with pytest.warns(ij.ConvergenceWarning, match=r"CG.*did not converge.*indefinite; use GGN"):
+                call()
+
+    def test_advice_without_negative_curvature(self):
+        influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(OPERATOR, ij.CG(1e-4, rtol=1e-12, max_steps=2)))
+        with pytest.warns(ij.ConvergenceWarning, match=r"6 of 6 solves.*worst relative residual.*max_steps"):
+            influence.influences(QUERY, TRAIN)
+
+    def test_silent_under_tracing(self):
+        influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(OPERATOR, ij.CG(1e-4, rtol=1e-12, max_steps=2)))
+        jax.jit(lambda influence: influence.influences(QUERY, TRAIN))(influence)
+
+
+def test_models_without_forward_mode():
+    """`custom_vjp` has no forward mode; scores then go by per-example gradients."""
+
+    @jax.custom_vjp
+    def double(x):
+        return 2.0 * x
+
+    double.defvjp(lambda x: (2.0 * x, None), lambda _, g: (2.0 * g,))
+    objective = ij.Objective(lambda p, z: double(helpers.mlp(p, z)), helpers.cross_entropy)
+    plain = ij.Objective(lambda p, z: 2.0 * helpers.mlp(p, z), helpers.cross_entropy)
+    inverse = ij.Identity(PARAMS)
+    scores = ij.Influence(objective, PARAMS, inverse).influences(QUERY, TRAIN)
+    assert relative_error(scores, ij.Influence(plain, PARAMS, inverse).influences(QUERY, TRAIN)) < 1e-12
+
+
+def test_constants_closed_over_under_jit():
+    """Weights and indices that are concrete inside a traced function are checked, not traced."""
+    weights, v = jnp.linspace(0.5, 1.5, 17), PARAMS
+    fn = lambda p: ij.GGN(OBJECTIVE, p, TRAIN, weights=weights).mv(v)
+    assert tree_error(jax.jit(fn)(PARAMS), fn(PARAMS)) < 1e-12
+    few = jax.jit(lambda op: ij.minibatch(op, jnp.array([0, 1])).mv(v))(OPERATOR)
+    assert tree_error(few, ij.minibatch(OPERATOR, jnp.array([0, 1])).mv(v)) < 1e-12
+
+
+def test_narrow_inputs_and_factors_are_scored_in_float32(float32):
+    narrow = jnp.bfloat16
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), PARAMS)
+    train = ij.Batch(TRAIN.x.astype(narrow), TRAIN.y.astype(jnp.int32))
+    widened = ij.Batch(train.x.astype(jnp.float32), train.y)
+    objective = ij.Objective(lambda p, z: _mlp(p, z.x.astype(jnp.float32)), helpers.cross_entropy)
+    influence = ij.Influence(objective, params, ij.Identity(params))
+    got = influence.influences(train, train, "perturbation")
+    assert got.dtype == jnp.float32
+    assert relative_error(got, influence.influences(widened, widened, "perturbation")) < 1e-5
+    factors = jax.tree.map(lambda x: x.astype(narrow), influence.influence_factors(widened))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), factors)
+    got = influence.influences_from_factors(factors, widened)
+    assert relative_error(got, influence.influences_from_factors(exact, widened)) < 1e-5
+
 
 class TestPerturbation:
     @pytest.mark.parametrize("chunk", [None, 1, 4])

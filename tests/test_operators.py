@@ -114,6 +114,8 @@ def test_multiples_that_are_not_psd():
     assert not (-1.0 * op).psd
     assert not (jnp.array(2.0) * op).psd, "a traced or array factor has an unknown sign"
     assert (op + op).psd
+    assert jax.jit(lambda op: jnp.array(ij.restrict(2.0 * op, ("layer0/bias",)).psd))(op), "kept through tracing"
+    assert sum([op, op, op]).psd
     assert not (op + -1.0 * op).psd
 
 
@@ -249,6 +251,20 @@ def test_root(kind, weighted):
     assert abs(jnp.sum(u * rows) - ij.tree.dot(root.transpose(u), v)) < 1e-11
     doubled = ij.root(2.0 * op)
     assert relative_error(doubled.weights, 2 * root.weights) < 1e-12
+
+
+def test_minibatches_without_weight():
+    """Examples of weight zero are zero, as long as the whole data have some weight."""
+    objective, params, data = problem("classification", 5)
+    op = ij.GGN(objective, params, data, weights=jnp.array([1.0, 2.0, 0.0, 0.0, 1.0]))
+    product = ij.minibatch(op, jnp.array([2, 3])).mv(params)
+    assert float(jnp.max(jnp.abs(ij.flatten(product, params)))) == 0.0
+
+
+def test_parameters_called_value_keep_their_name():
+    attention = {"query": jnp.ones(2), "value": {"value": jnp.ones(3)}}
+    assert [name for name, _ in ij.tree.named_leaves(attention)] == ["query", "value/value"]
+    assert ij.restrict(ij.Identity(attention), ("value/value",)).size == 3
 
 
 def test_root_of_a_loss_that_is_not_convex_is_nan():

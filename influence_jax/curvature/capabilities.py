@@ -26,12 +26,12 @@ TRACE_PROBES = 64
 
 
 class Root(NamedTuple):
-    r"""A factorisation $A = \sum_i \omega_i R_i^\top R_i$ over examples, with $\sum_i \omega_i = 1$.
+    r"""A factorisation $A = \sum_i \omega_i R_i^\top R_i$ over examples.
 
     Attributes:
       apply: Vector to `(N, C)`, row i is $R_i v$.
       transpose: `(N, C)` to vector, $\sum_i R_i^\top u_i$.
-      weights: $\omega$, `(N,)`.
+      weights: $\omega$, `(N,)`: the examples' weights over their sum, times the factor of a multiple.
     """
 
     apply: Callable[[PyTree], Array]
@@ -306,6 +306,10 @@ class Restricted(LinearOperator):
         return self.op.psd
 
     @property
+    def symmetric(self) -> bool:
+        return self.op.symmetric
+
+    @property
     def rhs_chunk(self) -> int | None:
         return self.op.rhs_chunk
 
@@ -323,7 +327,7 @@ def _(op: Scaled, indices: Array) -> LinearOperator:
 @root.register
 def _(op: Scaled) -> Root:
     inner = root(op.op)
-    return inner._replace(weights=inner.weights * op.factor)
+    return inner._replace(weights=tree.scale(op.factor, inner.weights))
 
 
 @spectral.register
@@ -376,4 +380,4 @@ def _(op: Sum, *, key: Key | None = None) -> Array:
 
 @trace.register
 def _(op: Scaled, *, key: Key | None = None) -> Array:
-    return op.factor * trace(op.op, key=key)
+    return tree.scale(op.factor, trace(op.op, key=key))

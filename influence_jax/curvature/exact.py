@@ -49,7 +49,7 @@ class OverData(LinearOperator, abc.ABC):
         check_chunk(self.chunk)
         check_chunk(self.rhs_chunk, "rhs_chunk")
         if self.weights is not None:
-            set_field(self, "weights", _as_weights(self.weights, self.count, wide_dtype(self.params)))
+            set_field(self, "weights", _as_weights(self.weights, self))
 
     @property
     def count(self) -> int:
@@ -153,9 +153,20 @@ class GGN(OverData):
         """The objective, known to be split into prediction and loss."""
         return cast(Objective, self.objective)
 
+    def output(self, params: PyTree, example: PyTree) -> PyTree:
+        """The model's output for one example, checked to be floating."""
+        out = self.split.output(params, example)
+        for path, leaf in tree.named_leaves(out):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"predict: leaf '{path}' of the output is {jnp.result_type(leaf)}, expected floating outputs "
+                    "only, for GGN differentiates the loss in all of them"
+                )
+        return out
+
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def outputs(p: PyTree) -> PyTree:
-            return jax.vmap(partial(self.split.output, p))(batch)
+            return jax.vmap(partial(self.output, p))(batch)
 
         def cost(out: PyTree) -> Array:
             return _weighted_sum(jax.vmap(self.split.cost)(out, batch), weights)
@@ -202,15 +213,19 @@ class EmpiricalFisher(OverData):
         return jax.vjp(losses, params)[1](tangent * weights.astype(values.dtype))[0]
 
 
-def _as_weights(weights: Array, count: int, dtype: np.dtype) -> Array:
-    weights = jnp.asarray(weights)
-    if weights.shape != (count,):
-        raise ValueError(f"weights: got shape {weights.shape}, expected ({count},), one per example of data")
+def _as_weights(weights: Array, op: OverData) -> Array:
+    if jnp.shape(weights) != (op.count,):
+        raise ValueError(f"weights: got shape {jnp.shape(weights)}, expected ({op.count},), one per example of data")
     if not isinstance(weights, jax.core.Tracer):
-        total = jnp.sum(weights)
-        if not (jnp.isfinite(total) and total != 0):
-            raise ValueError(f"weights: they sum to {total}, expected a finite number other than zero")
-    return weights.astype(dtype)
+        values = np.asarray(weights, np.float64)  # numpy, because under jit even a sum of constants is traced
+        if not (np.isfinite(values.sum()) and (values.sum() != 0 or op.total is not None)):
+            raise ValueError(f"weights: they sum to {values.sum()}, expected a finite number other than zero")
+        if op.psd and values.min() < 0:
+            raise ValueError(
+                f"weights: got {values.min()}, expected non-negative numbers, for {type(op).__name__} counts as "
+                "positive semi-definite; Hessian takes negative weights"
+            )
+    return jnp.asarray(weights, wide_dtype(op.params))
 
 
 def _weighted_sum(losses: Array, weights: Array) -> Array:
@@ -262,8 +277,8 @@ def _(op: OverData, indices: Array) -> LinearOperator:
     indices = jnp.asarray(indices)
     if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"indices: got {indices.dtype}{list(indices.shape)}, expected a vector of integers")
-    if not isinstance(indices, jax.core.Tracer) and not bool(jnp.all((indices >= 0) & (indices < op.count))):
-        raise ValueError(f"indices: got values in [{indices.min()}, {indices.max()}], expected [0, {op.count})")
+    if not isinstance(indices, jax.core.Tracer) and not _within(np.asarray(indices), op.count):
+        raise ValueError(f"indices: got {np.asarray(indices).tolist()}, expected integers in [0, {op.count})")
     data, weights, total = take(op.data, indices), None, None
     if op.weights is not None:
         # A minibatch divided by its own weight would be a ratio of two random sums, hence biased.
@@ -272,6 +287,10 @@ def _(op: OverData, indices: Array) -> LinearOperator:
     if op.total is not None:
         total = op.total * (indices.shape[0] / op.count)
     return dataclasses.replace(op, data=data, weights=weights, total=total)
+
+
+def _within(indices: np.ndarray, count: int) -> bool:
+    return bool(np.all((indices >= 0) & (indices < count)))
 
 
 @restrict.register

@@ -6,9 +6,10 @@ import abc
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import tree
-from .._pytree import dataclass, set_field, static
+from .._pytree import dataclass, static
 from .._typing import Array, PyTree
 from ..batching import map_over, rhs_chunk_or_default
 
@@ -31,6 +32,11 @@ class LinearOperator(abc.ABC):
         return False
 
     @property
+    def symmetric(self) -> bool:
+        """Whether it is self-adjoint to rounding; only inverses by randomised solvers are not."""
+        return True
+
+    @property
     def size(self) -> int:
         """Number of parameters."""
         return tree.size(self.space)
@@ -49,7 +55,12 @@ class LinearOperator(abc.ABC):
         return Sum((self, other)) if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, factor: float | Array) -> LinearOperator:
-        return NotImplemented if isinstance(factor, LinearOperator) else Scaled(self, factor)
+        if isinstance(factor, LinearOperator):
+            return NotImplemented
+        return Scaled(self, factor, isinstance(factor, int | float) and bool(factor >= 0))
+
+    def __radd__(self, other: int) -> LinearOperator:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum(operators) starts at 0
 
     __rmul__ = __mul__
 
@@ -93,6 +104,15 @@ class Sum(LinearOperator):
     def psd(self) -> bool:
         return all(term.psd for term in self.terms)
 
+    @property
+    def symmetric(self) -> bool:
+        return all(term.symmetric for term in self.terms)
+
+    @property
+    def rhs_chunk(self) -> int | None:
+        chunks = [term.rhs_chunk for term in self.terms if term.rhs_chunk is not None]
+        return min(chunks, default=None)
+
 
 @dataclass
 class Scaled(LinearOperator):
@@ -106,9 +126,10 @@ class Scaled(LinearOperator):
     keeps_sign: bool = static(default=False)
 
     def __post_init__(self) -> None:
-        if jnp.ndim(self.factor) != 0:
+        if not isinstance(self.factor, int | float | np.ndarray | np.generic | jax.Array):
+            raise TypeError(f"factor: got {self.factor!r}, expected a number")
+        if jnp.shape(self.factor) != ():
             raise ValueError(f"factor: got shape {jnp.shape(self.factor)}, expected a scalar")
-        set_field(self, "keeps_sign", isinstance(self.factor, int | float) and self.factor >= 0)
 
     def mv(self, v: PyTree) -> PyTree:
         return tree.scale(self.factor, self.op.mv(v))
@@ -123,3 +144,11 @@ class Scaled(LinearOperator):
     @property
     def psd(self) -> bool:
         return self.op.psd and self.keeps_sign
+
+    @property
+    def symmetric(self) -> bool:
+        return self.op.symmetric
+
+    @property
+    def rhs_chunk(self) -> int | None:
+        return self.op.rhs_chunk

@@ -43,13 +43,13 @@ def row_count(op: OverData) -> int:
 
 def _output(op: GGN, params: PyTree, example: PyTree) -> Array:
     """The model's output as one flat array `(C,)`."""
-    out = op.split.output(params, example)
+    out = op.output(params, example)
     return tree.flatten(tree.promote(out), out)
 
 
 def _output_hessian(op: GGN, params: PyTree, example: PyTree) -> Array:
     """The loss Hessian in the flat output, `(C, C)`."""
-    like = jax.eval_shape(lambda p: op.split.output(p, example), params)
+    like = jax.eval_shape(lambda p: op.output(p, example), params)
 
     def cost(flat: Array) -> Array:
         return op.split.cost(tree.cast_like(tree.unflatten(flat, like), like), example)

@@ -14,10 +14,6 @@ from .capabilities import Spectral, diagonal, minibatch, restrict, spectral, to_
 from .operator import LinearOperator
 
 
-def _unchanged(stack: PyTree) -> PyTree:
-    return tree.promote(stack)
-
-
 @dataclass
 class Identity(LinearOperator):
     r"""The identity, $v \mapsto v$; as the inverse in `Influence` it gives gradient similarity.
@@ -60,7 +56,7 @@ def _(op: Identity, indices: Array) -> LinearOperator:
 
 @spectral.register
 def _(op: Identity) -> Spectral:
-    return Spectral(_unchanged, _unchanged, jax.tree.map(lambda x: jnp.ones((), wide_dtype(x)), op.params))
+    return Spectral(tree.promote, tree.promote, jax.tree.map(lambda x: jnp.ones((), wide_dtype(x)), op.params))
 
 
 @restrict.register
@@ -128,7 +124,7 @@ def _(op: Diagonal, indices: Array) -> LinearOperator:
 
 @spectral.register
 def _(op: Diagonal) -> Spectral:
-    return Spectral(_unchanged, _unchanged, tree.promote(op.tree))
+    return Spectral(tree.promote, tree.promote, tree.promote(op.tree))
 
 
 @restrict.register
@@ -174,7 +170,7 @@ class LowRank(LinearOperator):
 
     def __post_init__(self) -> None:
         set_field(self, "basis", tree.check_params(self.basis, "basis"))
-        set_field(self, "values", jnp.asarray(self.values))
+        set_field(self, "values", jnp.asarray(self.values, wide_dtype(self.space)))
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(self.basis)}
         if lengths != {self.values.shape} or self.values.ndim != 1:
             raise ValueError(
@@ -184,6 +180,14 @@ class LowRank(LinearOperator):
             raise ValueError(
                 f"basis: got {self.values.shape[0]} vectors for {self.size} parameters; keep at most as many"
             )
+        overlaps = tree.gram(self.basis, self.basis)
+        if not isinstance(overlaps, jax.core.Tracer):
+            off = float(jnp.max(jnp.abs(overlaps - jnp.eye(len(overlaps), dtype=overlaps.dtype))))
+            if not off < 100 * float(jnp.finfo(overlaps.dtype).eps) ** 0.5:
+                raise ValueError(
+                    f"basis: its Gram matrix is {off:.1e} away from the identity, expected orthonormal vectors; "
+                    "orthonormalise them, e.g. by a QR decomposition of flatten(basis, params).T"
+                )
 
     def mv(self, v: PyTree) -> PyTree:
         tree.check_vector(v, self.space, "v")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..blocks import Block, select
 from ..curvature import LinearOperator, trace
+from ..curvature.capabilities import wide_dtype
 
 
 class Info(NamedTuple):
@@ -34,6 +36,30 @@ class Info(NamedTuple):
     residual: Array
     converged: Array
     min_curvature: Array
+
+
+class ConvergenceWarning(UserWarning):
+    """Some solves did not converge, and what was computed from them cannot be relied on."""
+
+
+def warn_unconverged(info: Info | None, inverse: LinearOperator) -> None:
+    """Warn, on the host, about solves that did not converge; silent under tracing."""
+    if info is None or isinstance(info.converged, jax.core.Tracer) or bool(np.all(info.converged)):
+        return
+    failed = ~np.asarray(info.converged)
+    residuals = np.asarray(info.residual)[failed]
+    residual = f"worst relative residual {np.max(residuals):.1e}, " if np.all(np.isfinite(residuals)) else ""
+    lowest = float(np.min(np.asarray(info.min_curvature)[failed]))
+    if lowest < 0:
+        advice = "the operator is indefinite; use GGN, more damping, or Eigh, which is exact"
+    else:
+        advice = "raise the damping, the tolerance or max_steps, or compute in 64-bit mode"
+    warnings.warn(
+        f"{inverse!r}: {failed.sum()} of {failed.size} solves did not converge ({residual}smallest curvature "
+        f"{lowest:.1e}), so their scores cannot be relied on: {advice}; inverse.solve_many reports each",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
 
 
 @runtime_checkable
@@ -130,7 +156,7 @@ def check_damping(damping: Any) -> None:
 
 def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> Array:
     """The absolute damping, an array in the dtype the solver computes in."""
-    dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(op.space)))
+    dtype = wide_dtype(op.space)
     if not isinstance(damping, RelativeDamping):
         return jnp.asarray(damping, dtype)
     mean = (trace(op, key=key) / op.size).astype(dtype)
@@ -282,7 +308,12 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
             f"op: got a {type(op).__name__}, expected a LinearOperator such as GGN(objective, params, data)"
         )
     if not isinstance(solver, Solver) or isinstance(solver, type):
-        raise TypeError(f"solver: got {solver!r}, expected a solver such as influence_jax.CG(damping=1e-3)")
+        raise TypeError(
+            f"solver: got {solver!r}, expected a solver such as influence_jax.CG(damping=1e-3); your own subclasses "
+            "influence_jax.Solver"
+        )
+    if key is not None and not isinstance(key, jax.Array):
+        raise TypeError(f"key: got {key!r}, expected a random key; use jax.random.key(0)")
     state = _init(solver, op, key)
     _check_resolved(solver, state, op)
     return Inverse(op, solver, state)

@@ -40,8 +40,9 @@ class Blockwise(Solver):
       >>> import influence_jax as ij
       >>> op = ij.Diagonal({"a": jnp.array([1.0]), "b": jnp.array([3.0])})
       >>> inverse = ij.invert(op, ij.Blockwise({"a": ij.Direct(1.0), "b": ij.CG(0.0)}, blocks=ij.by_parameter))
-      >>> jax.tree.map(float, inverse.mv({"a": jnp.array([1.0]), "b": jnp.array([1.5])}))
-      {'a': 0.5, 'b': 0.5}
+      >>> solved = inverse.mv({"a": jnp.array([1.0]), "b": jnp.array([1.5])})
+      >>> solved["a"].item(), solved["b"].item()
+      (0.5, 0.5)
     """
 
     solver: Solver | Mapping[str, Solver]

@@ -91,8 +91,8 @@ class CG(Solver):
                 partial(damped_product, fixed.op, fixed.damping),
                 B,
                 precondition=self._precondition(fixed.preconditioner),
-                rtol=self.rtol,
-                atol=self.atol,
+                rtol=lax.stop_gradient(self.rtol),
+                atol=lax.stop_gradient(self.atol),
                 max_steps=self.max_steps,
             )
 
@@ -175,7 +175,9 @@ def conjugate_gradients(
     # Rounding lets the recurrence run ahead of the true residual; a factor of two is noise, more is not converged.
     allowed = 2 * tolerance / jnp.where(norm > 0, norm, 1)
     lowest = jnp.where(jnp.isinf(end.lowest), jnp.nan, end.lowest)
-    return end.x, Info(end.steps, residual, residual <= allowed, lowest)
+    # A product or a right-hand side that is not finite leaves x at 0, which would pass for an answer.
+    x = tree.where_rows(jnp.isfinite(residual), end.x, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), end.x))
+    return x, Info(end.steps, residual, residual <= allowed, lowest)
 
 
 def _step(

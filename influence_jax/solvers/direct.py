@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import tree
@@ -14,6 +15,11 @@ from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator, LowRank, Unsupported, spectral, to_dense
 from .base import Info, RelativeDamping, Solver, check_damping, implicit_solve, redamp, resolve_damping
 
+# Power iterations for the norm of a factorised operator; it is needed to one digit.
+NORM_STEPS = 10
+# Largest relative residual, as rounding lets it be estimated, at which an exact solve still counts as converged.
+MAX_ROUNDING = 1e-2
+
 
 class CholeskyState(NamedTuple):
     """Dense factor of the damped operator."""
@@ -21,6 +27,7 @@ class CholeskyState(NamedTuple):
     op: LinearOperator
     damping: Array  # ()
     factor: Array  # (P, P), lower triangular
+    norm: Array  # (), largest eigenvalue of the damped operator
 
 
 class SpectralState(NamedTuple):
@@ -29,6 +36,7 @@ class SpectralState(NamedTuple):
     op: LinearOperator
     damping: Array  # ()
     decomposed: LinearOperator
+    rounding: Array  # (), error of the eigenvalues relative to the largest; 0 for closed forms
 
 
 @dataclass
@@ -36,8 +44,9 @@ class Direct(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$.
 
     Uses the eigendecomposition if the operator has one in closed form; else the dense matrix, by Cholesky if the
-    operator is positive semi-definite and by `Eigh` if not.  Dense work takes P² memory and P³ time.  A system that is
-    singular to working precision gives `converged=False`.  Differentiable in damping, parameters, weights and v.
+    operator is positive semi-definite and by `Eigh` if not.  Dense work takes P² memory and P³ time.  A solution that
+    rounding may have spoilt, as in a nearly singular system, has `converged=False`.  Differentiable in damping,
+    parameters, weights and v.
 
     Args:
       damping: $\lambda \ge 0$, or a `RelativeDamping`.
@@ -55,13 +64,12 @@ class Direct(Solver):
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> CholeskyState | SpectralState:
         damping = resolve_damping(self.damping, op, key)
-        if has_spectral(op):
-            return SpectralState(op, damping, op)
-        if not op.psd:
-            return SpectralState(op, damping, decompose(op))
+        if has_spectral(op) or not op.psd:
+            return spectral_state(op, damping)
         matrix = to_dense(lax.stop_gradient(op))
         damped = matrix + lax.stop_gradient(damping).astype(matrix.dtype) * jnp.eye(op.size, dtype=matrix.dtype)
-        return CholeskyState(op, damping, jnp.linalg.cholesky(damped))
+        factor = jnp.linalg.cholesky(damped)
+        return CholeskyState(op, damping, factor, _largest_eigenvalue(factor))
 
     def apply_many(self, state: CholeskyState | SpectralState, V: PyTree) -> tuple[PyTree, Info]:
         fixed = lax.stop_gradient(state)
@@ -108,7 +116,7 @@ class Eigh(Solver):
         check_damping(self.damping)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> SpectralState:
-        return SpectralState(op, resolve_damping(self.damping, op, key), op if has_spectral(op) else decompose(op))
+        return spectral_state(op, resolve_damping(self.damping, op, key))
 
     def apply_many(self, state: SpectralState, V: PyTree) -> tuple[PyTree, Info]:
         return implicit_solve(state.op, state.damping, V, lambda B: spectral_solve(lax.stop_gradient(state), B))
@@ -129,15 +137,30 @@ def has_spectral(op: LinearOperator) -> bool:
     return True
 
 
-def decompose(op: LinearOperator) -> LowRank:
-    """All eigenpairs of an operator, by way of its dense matrix."""
+def spectral_state(op: LinearOperator, damping: Array) -> SpectralState:
+    """The closed-form eigendecomposition, or all eigenpairs by way of the dense matrix."""
+    if has_spectral(op):
+        return SpectralState(op, damping, op, jnp.zeros_like(damping))
     values, vectors = jnp.linalg.eigh(to_dense(lax.stop_gradient(op)))
-    return LowRank(tree.unflatten(vectors.T, op.space), values)
+    decomposed = LowRank(tree.unflatten(vectors.T, op.space), values)
+    return SpectralState(op, damping, decomposed, jnp.asarray(_rounding(op.size, values.dtype), damping.dtype))
 
 
-def _singular(smallest: Array, largest: Array, size: int) -> Array:
-    """Whether pivots or eigenvalues of that range leave no correct digit."""
-    return ~(smallest > jnp.finfo(smallest.dtype).eps * size**0.5 * largest)
+def _rounding(size: int, dtype: np.dtype) -> float:
+    """Backward error of dense factorisations, relative to the largest eigenvalue."""
+    return float(jnp.finfo(dtype).eps) * size**0.5
+
+
+def _largest_eigenvalue(factor: Array) -> Array:
+    """Of L Lᵀ, by power iteration from its largest column."""
+
+    def step(_: int, v: Array) -> Array:
+        product = factor @ (factor.T @ v)
+        return product / jnp.linalg.norm(product)
+
+    start = factor @ factor[jnp.argmax(jnp.sum(jnp.square(factor), axis=1))]
+    vector = lax.fori_loop(0, NORM_STEPS, step, start / jnp.linalg.norm(start))
+    return jnp.sum(jnp.square(factor.T @ vector))
 
 
 def cholesky_solve(state: CholeskyState, B: PyTree) -> tuple[PyTree, Info]:
@@ -145,30 +168,32 @@ def cholesky_solve(state: CholeskyState, B: PyTree) -> tuple[PyTree, Info]:
     rhs = tree.flatten(B, state.op.space).astype(state.factor.dtype)
     flat = jax.scipy.linalg.cho_solve((state.factor, True), rhs.T).T
     X = tree.cast_like(tree.unflatten(flat, state.op.space), B)
-    pivots = jnp.square(jnp.diag(state.factor))
-    singular = _singular(jnp.min(pivots), jnp.max(pivots), state.op.size)
+    error = _rounding(state.op.size, state.factor.dtype) * state.norm
     curvature = tree.dots(X, B) / tree.dots(X, X)  # xᵀAx / xᵀx, for A x = b
-    return X, _closed_form_info(curvature, jnp.broadcast_to(~singular, curvature.shape))
+    return X, _info(X, B, error, curvature)
 
 
 def spectral_solve(state: SpectralState, B: PyTree) -> tuple[PyTree, Info]:
-    """Divide by the damped eigenvalues; directions that are singular to working precision are left out."""
+    """Divide by the damped eigenvalues; directions whose eigenvalue has no correct digit are left out."""
     to_basis, from_basis, values = spectral(state.decomposed)
     damped = jax.tree.map(lambda d: d + state.damping.astype(d.dtype), values)
     entries = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(damped)])
-    largest = jnp.max(jnp.abs(entries))
+    error = state.rounding.astype(entries.dtype) * jnp.max(jnp.abs(entries))
 
     def divide(coordinate: Array, value: Array) -> Array:
-        dead = _singular(jnp.abs(value), largest, state.op.size)
+        dead = jnp.abs(value) <= error.astype(value.dtype)
         inverse = jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, value)).astype(coordinate.dtype)
         return coordinate * jnp.broadcast_to(inverse, coordinate.shape)
 
     X = tree.cast_like(from_basis(jax.tree.map(divide, to_basis(B), damped)), B)
-    singular = _singular(jnp.min(jnp.abs(entries)), largest, state.op.size)
     rows = jax.tree.leaves(B)[0].shape[:1]
-    return X, _closed_form_info(jnp.broadcast_to(jnp.min(entries), rows), jnp.broadcast_to(~singular, rows))
+    info = _info(X, B, error, jnp.broadcast_to(jnp.min(entries), rows))
+    return X, info._replace(converged=info.converged & jnp.all(jnp.abs(entries) > error))
 
 
-def _closed_form_info(curvature: Array, converged: Array) -> Info:
-    steps = jnp.zeros(converged.shape, jnp.int32)
-    return Info(steps, jnp.full_like(curvature, jnp.nan), converged, curvature)
+def _info(X: PyTree, B: PyTree, error: Array, curvature: Array) -> Info:
+    """Converged where the factorisation's error, times the solution, is small beside the right-hand side."""
+    norm = tree.norms(B)
+    missed = error.astype(norm.dtype) * tree.norms(X)
+    steps = jnp.zeros(norm.shape, jnp.int32)
+    return Info(steps, jnp.full_like(norm, jnp.nan), missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype))
