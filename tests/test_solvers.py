@@ -39,8 +39,9 @@ def right_hand_sides(rows: int = 4, seed: int = 5):
     return helpers.random_like(jax.random.key(seed), PARAMS, rows=rows)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    ("name", "solver"), [(n, s) for n in OPERATORS for s in SOLVERS if n not in ("Sum", "Scaled") or s != "Eigh"]
+)
 def test_solves_like_numpy(name, solver):
     op = OPERATORS[name]
     damping = median_eigenvalue(op)
