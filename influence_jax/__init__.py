@@ -15,6 +15,7 @@ from .curvature import (
     GGN as GGN,
     Diagonal as Diagonal,
     EmpiricalFisher as EmpiricalFisher,
+    Fisher as Fisher,
     Hessian as Hessian,
     Identity as Identity,
     LinearOperator as LinearOperator,
@@ -36,7 +37,7 @@ from .gradients import (
 )
 from .influence import Influence as Influence, InfluenceMode as InfluenceMode
 from .model import InfluenceFunctionModel as InfluenceFunctionModel, NotFittedError as NotFittedError
-from .objective import Objective as Objective
+from .objective import Objective as Objective, softmax_sample as softmax_sample
 from .scoring import TopK as TopK
 from .solvers import (
     CG as CG,

@@ -20,7 +20,7 @@ from . import tree
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_positive, chunk_for, map_chunks
-from .blocks import Block, Blocks, full, join, partition, select
+from .blocks import Block, Blocks, join, partition, select
 from .curvature import Identity, LinearOperator
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
@@ -211,11 +211,11 @@ class Influence:
         Raises:
           TypeError, ValueError: If `blocks` is not a partition of the parameters.
         """
-        if blocks is None and len(self.block_names) > 1:
-            parts = ((name, self.block(name).influence_factors(query)) for name in self.block_names)
-            return OrderedDict(parts)
-        groups = partition(self.params, full if blocks is None else blocks)
-        factors = self.influence_factors(query)
+        if blocks is None:
+            parts = {name: self.block(name) for name in self.block_names}
+            leaves = {name: tuple(leaf for leaf, _ in tree.named_leaves(part.params)) for name, part in parts.items()}
+            return OrderedDict((n, select(part.influence_factors(query), leaves[n])) for n, part in parts.items())
+        factors, groups = self.influence_factors(query), partition(self.params, blocks)
         return OrderedDict((name, select(factors, block)) for name, block in groups.items())
 
     def influences_from_factors_by_block(
@@ -272,7 +272,7 @@ class Influence:
           TypeError, ValueError: As `influences`, or if `blocks` is not a partition of the parameters.
         """
         mode = as_mode(mode)
-        if blocks is None and len(self.block_names) > 1:
+        if blocks is None:
             parts = ((name, self.block(name).influences(query, train, mode, wrt=wrt)) for name in self.block_names)
             return OrderedDict(parts)
         factors = self.influence_factors_by_block(query, blocks=blocks)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from . import tree
 from ._pytree import dataclass, set_field, static
-from ._typing import Array, PyTree
+from ._typing import Array, Key, PyTree
 from .blocks import Block, Frozen, freeze_rest, whole
 
 
@@ -31,6 +31,8 @@ class Objective:
         Static: define it once, for a fresh lambda compiles again.
       loss: `loss(output, example) -> scalar`.  Static.
       constants: Pytree of arrays that are not differentiated, e.g. batch statistics.
+      sample: `sample(key, output) -> cotangent`: the loss gradient in the output at labels drawn from the model, for
+        `Fisher` on large outputs; e.g. `softmax_sample`.  Static.
       frozen: Set by the library on the restriction to a block of parameters: the leaves outside the block.
 
     Raises:
@@ -47,6 +49,7 @@ class Objective:
     predict: Callable[..., PyTree] = static()
     loss: Callable[[PyTree, PyTree], Array] = static()
     constants: PyTree = dataclasses.field(default=None, kw_only=True)
+    sample: Callable[[Key, PyTree], PyTree] | None = static(default=None, kw_only=True)
     frozen: Frozen | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class Objective:
             if not callable(value):
                 raise TypeError(f"{name}: got a {type(value).__name__}, expected a function of one example")
             _check_hashable(value, name)
+        if self.sample is not None and not callable(self.sample):
+            raise TypeError(f"sample: got {self.sample!r}, expected a function (key, output) -> cotangent, or None")
         for path, leaf in tree.named_leaves(self.constants):
             _check_constant(leaf, path)
         set_field(self, "constants", jax.tree.map(jnp.asarray, self.constants))
@@ -76,6 +81,19 @@ class Objective:
     def __repr__(self) -> str:
         constants = "" if self.constants is None else f", constants with {tree.size(self.constants)} entries"
         return f"Objective({_name(self.predict)}, {_name(self.loss)}{constants})"
+
+
+def softmax_sample(key: Key, logits: Array) -> Array:
+    r"""The gradient of cross-entropy in the logits at a label drawn from the model, $p - e_{\hat y}$.
+
+    For `Objective(..., sample=softmax_sample)`; logits `(..., C)`, a label per position.
+
+    Example:
+      >>> softmax_sample(jax.random.key(0), jnp.array([0.0, 100.0])).tolist()
+      [0.0, 0.0]
+    """
+    labels = jax.random.categorical(key, logits)
+    return jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
 
 
 @dataclass

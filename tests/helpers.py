@@ -137,3 +137,14 @@ def dense_reference(kind: type, objective: ij.Objective, params: Any, data: Any,
         return jacobian.T @ jax.hessian(lambda o: objective.loss(o, example))(out) @ jacobian
 
     return jnp.einsum("n,nij->ij", weights, jax.jit(jax.vmap(of_one))(data)) / jnp.sum(weights)
+
+
+def tiny_mlp(loss: str) -> tuple[dict, ij.Objective, dict, ij.Batch, ij.Batch]:
+    """The stored problem with pyDVL's direct results: arrays, objective, parameters, training data, queries."""
+    stored = np.load(GOLDEN / "tiny_mlp_pydvl_direct.npz")
+    arrays = {name.removeprefix(f"{loss}/"): stored[name] for name in stored.files if name.startswith(loss)}
+    weights = {name.removeprefix("param/"): arrays[name] for name in arrays if name.startswith("param/")}
+    params = jax.tree.map(jnp.asarray, torch_layers(weights, {"layer0": "0", "layer2": "2"}))
+    objective = {"mse": REGRESSION, "ce": CLASSIFICATION}[loss]
+    train, query = ij.Batch(arrays["x"], arrays["y"]), ij.Batch(arrays["x_test"], arrays["y_test"])
+    return arrays, objective, params, train, query

@@ -28,12 +28,7 @@ POISONED = ij.Batch(TRAIN.x.at[0, 0].set(jnp.nan), TRAIN.y)
 @pytest.mark.parametrize("structure", ["full", "layer_wise", "parameter_wise"])
 def test_every_block_of_pydvl(loss, structure):
     """Totals and each single block against pyDVL's DirectInfluence on an indefinite Hessian."""
-    arrays = np.load(helpers.GOLDEN / "tiny_mlp_pydvl_direct.npz")
-    arrays = {name.removeprefix(f"{loss}/"): arrays[name] for name in arrays.files if name.startswith(loss)}
-    weights = {name.removeprefix("param/"): arrays[name] for name in arrays if name.startswith("param/")}
-    params = jax.tree.map(jnp.asarray, helpers.torch_layers(weights, {"layer0": "0", "layer2": "2"}))
-    objective = {"mse": helpers.REGRESSION, "ce": helpers.CLASSIFICATION}[loss]
-    train, query = ij.Batch(arrays["x"], arrays["y"]), ij.Batch(arrays["x_test"], arrays["y_test"])
+    arrays, objective, params, train, query = helpers.tiny_mlp(loss)
     blocks = {"full": ij.full, "layer_wise": ij.by_layer, "parameter_wise": ij.by_parameter}[structure]
     solver = ij.Direct(float(arrays["regularization"]))
     model = ij.InfluenceFunctionModel(objective, params, curvature=ij.Hessian, solver=solver, blocks=blocks).fit(train)
@@ -188,6 +183,8 @@ class TestInfluenceByBlock:
             alone = influence.block(name)
             assert relative_error(alone.influences(QUERY, TRAIN), parts[name]) < 1e-12
             assert set(alone.params) == {f"{name}/bias", f"{name}/kernel"}
+        named = ij.Influence(OBJECTIVE, PARAMS, ij.invert(GGN, ij.Blockwise(ij.Direct(0.1), blocks={"all": [""]})))
+        assert list(named.influences_by_block(QUERY, TRAIN)) == list(named.influence_factors_by_block(QUERY)) == ["all"]
         whole = ij.Influence(OBJECTIVE, PARAMS, ij.Identity(PARAMS))
         assert whole.block("") is whole
         with pytest.raises(ValueError, match=r"name: got 'layer9', expected one of the blocks \['layer0'"):

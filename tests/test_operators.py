@@ -393,6 +393,128 @@ def test_many_outputs_take_the_other_way_to_the_same_matrix():
     assert abs(ij.trace(op) - jnp.trace(expected)) < 1e-12
 
 
+class TestFisher:
+    """Labels drawn from the model: the GGN in expectation, the data's labels never."""
+
+    def fisher(self, samples=1, seed=0, data=None, **options):
+        objective, params, given = problem("classification")
+        data = given if data is None else data
+        return ij.Fisher(objective, params, data, key=jax.random.key(seed), samples=samples, **options)
+
+    def test_is_the_ggn_within_its_standard_error(self):
+        ggn = ij.to_dense(ij.GGN(*problem("classification")))
+        draws = jnp.stack([ij.to_dense(self.fisher(8, seed)) for seed in range(40)])
+        error = jnp.std(draws, axis=0) / 40**0.5
+        assert jnp.max(jnp.abs(jnp.mean(draws, axis=0) - ggn) / (error + 1e-12)) < 5
+        assert relative_error(jnp.mean(draws, axis=0), ggn) < 0.2
+        assert relative_error(draws[0], ggn) > 0.05, "a single draw is random"
+
+    def test_exact_for_one_output(self):
+        """A Rademacher sign squared is one: with a scalar output a single draw is exact."""
+        objective = ij.Objective(
+            lambda p, z: jnp.tanh(z.x @ p["w"])[None], lambda out, z: 0.5 * jnp.sum((out - z.y[0]) ** 2)
+        )
+        params, data = {"w": jnp.linspace(-1.0, 1.0, 5)}, problem("regression")[2]
+        fisher = ij.Fisher(objective, params, data, key=jax.random.key(0))
+        assert relative_error(ij.to_dense(fisher), ij.to_dense(ij.GGN(objective, params, data))) < 1e-12
+
+    def test_labels_of_the_data_do_not_matter(self):
+        data = problem("classification")[2]
+        other = ij.Batch(data.x, (data.y + 1) % 3)
+        assert relative_error(ij.to_dense(self.fisher(2, data=other)), ij.to_dense(self.fisher(2))) < 1e-12
+
+    def test_draws_belong_to_their_example(self):
+        """Chunks, minibatches and blocks see the same labels."""
+        v = helpers.random_like(jax.random.key(3), self.fisher().params)
+        expected = self.fisher(3).mv(v)
+        assert tree_error(self.fisher(3, chunk=4).mv(v), expected) < 1e-12
+        singles = [ij.minibatch(self.fisher(3), jnp.array([i])).mv(v) for i in range(COUNT)]
+        assert tree_error(jax.tree.map(lambda *parts: sum(parts) / COUNT, *singles), expected) < 1e-12
+        block = ij.restrict(self.fisher(3), ("layer1/kernel",))
+        assert isinstance(block, ij.Fisher)
+        places = ij.unflatten(jnp.arange(39.0), v)["layer1"]["kernel"].astype(int).ravel()
+        assert relative_error(ij.to_dense(block), ij.to_dense(self.fisher(3))[places][:, places]) < 1e-12
+
+    @pytest.mark.parametrize("samples", [1, 3])
+    def test_products_and_factors_are_one_matrix(self, samples):
+        op = self.fisher(samples, weights=jnp.linspace(0.5, 2.0, COUNT))
+        v = helpers.random_like(jax.random.key(3), op.params)
+        dense = ij.to_dense(op)
+        assert relative_error(ij.flatten(op.mv(v), op.params), dense @ ij.flatten(v, op.params)) < 1e-12
+        assert relative_error(ij.flatten(ij.diagonal(op), op.params), jnp.diag(dense)) < 1e-12
+        root = ij.root(op)
+        assert root.apply(v).shape == (COUNT, samples)
+        assert tree_error(root.transpose(root.weights[:, None] * root.apply(v)), op.mv(v)) < 1e-12
+        solved = ij.invert(op, ij.Direct(0.1)).mv(v)
+        assert tree_error(solved, ij.invert(op, ij.CG(0.1, rtol=1e-12)).mv(v)) < 1e-9
+
+    def test_sequences_take_a_sample_function(self):
+        """Outputs (T, V): a label per position, whose covariance is that of the softmax."""
+        predict = lambda p, z: jnp.stack([z.x, 2.0 * z.x]) @ p["w"]
+        loss = lambda out, z: jnp.sum(jax.nn.logsumexp(out, axis=-1) - out[:, 0])
+        params, data = {"w": 0.3 * jax.random.normal(jax.random.key(0), (5, 3))}, problem("classification")[2]
+        objective = ij.Objective(predict, loss, sample=ij.softmax_sample)
+        ggn = ij.to_dense(ij.GGN(objective, params, data))
+        fishers = [ij.Fisher(objective, params, data, key=jax.random.key(s), samples=64) for s in range(8)]
+        mean = sum(ij.to_dense(fisher) for fisher in fishers) / 8
+        assert relative_error(mean, ggn) < 0.15
+        plain = ij.Fisher(ij.Objective(predict, loss), params, data, key=jax.random.key(0))
+        with pytest.raises(ValueError, match=r"objective: its output \(2, 3\).*softmax_sample"):
+            plain.mv(params)
+
+    def test_mistakes(self):
+        objective, params, data = problem("classification")
+        with pytest.raises(ValueError, match="key: Fisher draws labels"):
+            ij.Fisher(objective, params, data)
+        with pytest.raises(TypeError, match="objective: Fisher got the bare function"):
+            ij.Fisher(lambda p, z: objective(p, z), params, data, key=jax.random.key(0))
+        with pytest.raises(ValueError, match="samples: got 0"):
+            self.fisher(0)
+
+
+class TestBilinearForm:
+    """Three products, with the operator on the smaller side; pyDVL applies it to the larger one."""
+
+    @pytest.mark.parametrize(("left", "right"), [(2, 7), (7, 2), (3, None)])
+    def test_inner_products(self, all_operators, left, right, monkeypatch):
+        op = all_operators["Hessian"]
+        dense, key = ij.to_dense(op), jax.random.key(8)
+        U = helpers.random_like(key, op.space, rows=left)
+        V = None if right is None else helpers.random_like(jax.random.fold_in(key, 1), op.space, rows=right)
+        applied = []
+        monkeypatch.setattr(type(op), "mm", lambda self, W: applied.append(len(W["layer0"]["bias"])) or _mm(self, W))
+        form = op.as_bilinear_form()
+        expected = ij.flatten(U, op.space) @ dense @ ij.flatten(U if V is None else V, op.space).T
+        assert relative_error(form.inner_prod(U, V), expected) < 1e-12
+        assert applied == [min(left, right or left)]
+
+    def test_further_axes_on_the_right(self, all_operators):
+        op = all_operators["GGN"]
+        U = helpers.random_like(jax.random.key(8), op.space, rows=2)
+        rows = helpers.random_like(jax.random.key(9), op.space, rows=3 * 4 * 5)
+        V = jax.tree.map(lambda x: x.reshape((3, 4, 5, *x.shape[1:])), rows)
+        flat = op.as_bilinear_form().inner_prod(U, rows)
+        assert relative_error(op.as_bilinear_form().inner_prod(U, V), flat.reshape(2, 3, 4, 5)) < 1e-12
+        with pytest.raises(ValueError, match="right: leaf 'layer0/kernel'"):
+            op.as_bilinear_form().inner_prod(U, {**V, "layer0": {**V["layer0"], "kernel": jnp.ones((3, 4))}})
+
+    def test_of_gradients_and_mixed_derivatives(self):
+        objective, params, data = problem("classification", 6)
+        op = ij.GGN(objective, params, data)
+        form, few = op.as_bilinear_form(), jax.tree.map(lambda x: x[:2], data)
+        influence = ij.Influence(objective, params, op)
+        given = {"objective": objective, "params": params}
+        assert relative_error(form.grads_inner_prod(few, data, **given), influence.influences(few, data)) < 1e-12
+        assert relative_error(form.grads_inner_prod(few, **given), influence.influences(few, few)) < 1e-12
+        expected = influence.influences(few, data, "perturbation")
+        assert relative_error(form.mixed_grads_inner_prod(few, data, **given), expected) < 1e-12
+        mixed = form.inner_prod(ij.per_example_grads(objective, params, few), ij.mixed_grads(objective, params, data))
+        assert relative_error(mixed, expected) < 1e-12
+
+
+_mm = ij.LinearOperator.mm
+
+
 def test_memory_of_a_chunked_product_is_flat_in_the_data():
     """Temporary memory does not grow with N, padded or not."""
     from influence_jax.curvature.exact import _mean_product

@@ -24,7 +24,7 @@ LAYERS = [
     ["objective"],
     ["adapters", "gradients", "scoring"],
     ["curvature.operator", "curvature.capabilities", "curvature.structured"],
-    ["curvature.exact", "curvature.per_example", "curvature"],
+    ["curvature.outputs", "curvature.exact", "curvature.fisher", "curvature.per_example", "curvature"],
     ["solvers.base", "solvers.direct", "solvers.cg", "solvers.blockwise", "solvers"],
     ["influence"],
     ["model"],

@@ -16,5 +16,6 @@ from .capabilities import (
     trace as trace,
 )
 from .exact import GGN as GGN, EmpiricalFisher as EmpiricalFisher, Hessian as Hessian
+from .fisher import Fisher as Fisher
 from .operator import LinearOperator as LinearOperator, Scaled as Scaled, Sum as Sum
 from .structured import Diagonal as Diagonal, Identity as Identity, LowRank as LowRank

@@ -24,6 +24,7 @@ from ..gradients import matching
 from ..objective import LossOnly, Objective, as_objective, on_block
 from .capabilities import minibatch, restrict, sums, wide_dtype
 from .operator import LinearOperator
+from .outputs import floating_output, require_split
 
 
 @dataclass
@@ -137,12 +138,7 @@ class GGN(OverData):
 
     def __post_init__(self) -> None:
         OverData.__post_init__(self)
-        if not isinstance(self.objective, Objective):
-            raise TypeError(
-                f"objective: GGN got the bare function {self.objective!r}, expected an Objective, because it needs the "
-                "model's output; write Objective(predict, loss) with predict(params, example) and loss(output, "
-                "example), or use Hessian or EmpiricalFisher"
-            )
+        require_split(as_objective(self.objective), "GGN")
 
     @property
     def psd(self) -> bool:
@@ -153,20 +149,9 @@ class GGN(OverData):
         """The objective, known to be split into prediction and loss."""
         return cast(Objective, self.objective)
 
-    def output(self, params: PyTree, example: PyTree) -> PyTree:
-        """The model's output for one example, checked to be floating."""
-        out = self.split.output(params, example)
-        for path, leaf in tree.named_leaves(out):
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                raise TypeError(
-                    f"predict: leaf '{path}' of the output is {jnp.result_type(leaf)}, expected floating outputs "
-                    "only, for GGN differentiates the loss in all of them"
-                )
-        return out
-
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def outputs(p: PyTree) -> PyTree:
-            return jax.vmap(partial(self.output, p))(batch)
+            return jax.vmap(partial(floating_output, self.split, p))(batch)
 
         def cost(out: PyTree) -> Array:
             return _weighted_sum(jax.vmap(self.split.cost)(out, batch), weights)

@@ -10,8 +10,106 @@ import numpy as np
 
 from .. import tree
 from .._pytree import dataclass, static
-from .._typing import Array, PyTree
+from .._typing import Array, LossFunction, PyTree
 from ..batching import map_over, rhs_chunk_or_default
+from ..gradients import mixed_product, per_example_grads
+from ..objective import Objective
+from ..scoring import count
+
+
+@dataclass
+class BilinearForm:
+    r"""The bilinear form of an operator, $\langle u, v\rangle_A = u^\top A\, v$; made by `op.as_bilinear_form()`.
+
+    The operator is applied to whichever side has fewer vectors.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> form = ij.Diagonal({"w": jnp.array([1.0, 2.0])}).as_bilinear_form()
+      >>> form.inner_prod({"w": jnp.eye(2)}).tolist()
+      [[1.0, 0.0], [0.0, 2.0]]
+    """
+
+    op: LinearOperator
+
+    def inner_prod(self, left: PyTree, right: PyTree | None = None) -> Array:
+        r"""All products $u_n^\top A\, v_m$.
+
+        Args:
+          left: Stack, leaves `(N, *leaf)`.
+          right: Stack with any further axes, leaves `(M, *extra, *leaf)`; `left` if None.
+
+        Returns:
+          Array `(N, M, *extra)`.
+
+        Raises:
+          ValueError: If a side is not made of vectors of the operator's space.
+        """
+        right = left if right is None else right
+        space = self.op.space
+        tree.check_stack(left, space, "left")
+        lead = _leading_axes(right, space)
+        tree.check_vector(right, space, "right", lead=lead)
+        rows = jax.tree.map(lambda x, s: x.reshape((-1, *s.shape)), right, space)
+        left, rows = tree.promote(left), tree.promote(rows)
+        if count(left) <= count(rows):
+            products = tree.gram(self.op.mm(left), rows)
+        else:
+            products = tree.gram(left, self.op.mm(rows))
+        return products.reshape((count(left), *lead))
+
+    def grads_inner_prod(
+        self,
+        left: PyTree,
+        right: PyTree | None = None,
+        *,
+        objective: Objective | LossFunction,
+        params: PyTree,
+    ) -> Array:
+        r"""Products of per-example gradients, $\nabla\ell_n^\top A\, \nabla\ell_m$.
+
+        Args:
+          left: Batch, leaves `(N, ...)`.
+          right: Batch, leaves `(M, ...)`; `left` if None.
+          objective: Loss of one example.
+          params: Where the gradients are taken.
+
+        Returns:
+          Array `(N, M)`.
+        """
+        grads = per_example_grads(objective, params, left)
+        return self.inner_prod(grads, None if right is None else per_example_grads(objective, params, right))
+
+    def mixed_grads_inner_prod(
+        self,
+        left: PyTree,
+        right: PyTree | None = None,
+        *,
+        objective: Objective | LossFunction,
+        params: PyTree,
+        wrt: str | int = "x",
+    ) -> PyTree:
+        r"""Products of gradients and mixed derivatives, $\nabla\ell_n^\top A\, \partial_{x_m}\nabla\ell_m$.
+
+        Args:
+          left: Batch, leaves `(N, ...)`.
+          right: Batch, leaves `(M, ...)`; `left` if None.
+          objective: Loss of one example.
+          params: Where the derivatives are taken.
+          wrt: The part of the right examples to differentiate.
+
+        Returns:
+          Array `(N, M, *x.shape)`, or a pytree of such arrays if the part is a pytree.
+        """
+        vectors = self.op.mm(per_example_grads(objective, params, left))
+        products = mixed_product(objective, params, left if right is None else right, vectors, wrt=wrt)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), products)
+
+
+def _leading_axes(stack: PyTree, space: PyTree) -> tuple[int, ...]:
+    """The axes in front of the parameters' own, taken from the first leaf."""
+    leaves, like = jax.tree.leaves(stack), jax.tree.leaves(space)[0]
+    return jnp.shape(leaves[0])[: jnp.ndim(leaves[0]) - len(like.shape)] if leaves else ()
 
 
 class LinearOperator(abc.ABC):
@@ -50,6 +148,10 @@ class LinearOperator(abc.ABC):
         """The product with every row of a stack, leaves `(K, *leaf)`."""
         tree.check_stack(V, self.space, "V")
         return _map_mv(self, V)
+
+    def as_bilinear_form(self) -> BilinearForm:
+        """The form `u, v -> uᵀ A v` on stacks, gradients and mixed derivatives."""
+        return BilinearForm(self)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         return Sum((self, other)) if isinstance(other, LinearOperator) else NotImplemented

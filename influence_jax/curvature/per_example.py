@@ -28,51 +28,37 @@ from .capabilities import (
     wide_dtype,
 )
 from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data
+from .fisher import Fisher
+from .outputs import flat_output, output_hessian, square_root
 
 # With more outputs than this, one product per parameter is the cheaper way to a GGN's matrix and diagonal.
 MAX_ROWS = 32
 
 
 def row_count(op: OverData) -> int:
-    """Rows of each example's factor: the number of outputs for GGN, one for the empirical Fisher."""
+    """Rows of each example's factor: as many as outputs for GGN, as samples for Fisher, one for the empirical."""
+    if isinstance(op, Fisher):
+        return op.samples
     if not isinstance(op, GGN):
         return 1
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), op.data)
-    return tree.size(jax.eval_shape(partial(_output, op), op.params, example))
-
-
-def _output(op: GGN, params: PyTree, example: PyTree) -> Array:
-    """The model's output as one flat array `(C,)`."""
-    out = op.output(params, example)
-    return tree.flatten(tree.promote(out), out)
-
-
-def _output_hessian(op: GGN, params: PyTree, example: PyTree) -> Array:
-    """The loss Hessian in the flat output, `(C, C)`."""
-    like = jax.eval_shape(lambda p: op.output(p, example), params)
-
-    def cost(flat: Array) -> Array:
-        return op.split.cost(tree.cast_like(tree.unflatten(flat, like), like), example)
-
-    return jax.hessian(cost)(_output(op, params, example))
-
-
-def _square_root(matrix: Array) -> Array:
-    """L with L Lᵀ = matrix; NaN if the matrix has a negative eigenvalue beyond rounding."""
-    values, vectors = jnp.linalg.eigh(matrix)
-    rounding = 10 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
-    roots = jnp.where(values < -rounding, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
-    return vectors * roots[None]
+    return tree.size(jax.eval_shape(partial(flat_output, op.split), op.params, example))
 
 
 def _factors(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:
     """`(L_i, R_i)`, stacks with leaves `(C, *leaf)`."""
     if isinstance(op, GGN):
-        out, pullback = jax.vjp(lambda p: _output(op, p, example), params)
-        (jacobian,) = jax.vmap(pullback)(jnp.eye(out.size, dtype=out.dtype))
-        return jacobian, tree.combine(_output_hessian(op, params, example), jacobian)
-    gradient = tree.stack_of_one(jax.grad(op.loss)(params, example))
-    return gradient, gradient
+        jacobian = _jacobian(lambda p: flat_output(op.split, p, example), params)
+        return jacobian, tree.combine(output_hessian(op.split, params, example), jacobian)
+    rows = op.rows if isinstance(op, Fisher) else lambda p, z: op.loss(p, z)[None]
+    jacobian = _jacobian(lambda p: rows(p, example), params)
+    return jacobian, jacobian
+
+
+def _jacobian(fn: Callable[[PyTree], Array], params: PyTree) -> PyTree:
+    """Derivative of an `(C,)`-valued function by reverse mode, leaves `(C, *leaf)`."""
+    out, pullback = jax.vjp(fn, params)
+    return jax.vmap(pullback)(jnp.eye(out.size, dtype=out.dtype))[0]
 
 
 def _chunk(op: OverData, rows: int) -> int:
@@ -102,6 +88,7 @@ def _assembled_diagonal(op: OverData, rows: int) -> PyTree:
 
 @to_dense.register(GGN)
 @to_dense.register(EmpiricalFisher)
+@to_dense.register(Fisher)
 def _(op: OverData) -> Array:
     rows = row_count(op)
     return _assembled_dense(op, rows) if rows <= MAX_ROWS else symmetric(dense_by_products(op))
@@ -109,6 +96,7 @@ def _(op: OverData) -> Array:
 
 @diagonal.register(GGN)
 @diagonal.register(EmpiricalFisher)
+@diagonal.register(Fisher)
 def _(op: OverData) -> PyTree:
     rows = row_count(op)
     if rows <= max(MAX_ROWS, op.size):
@@ -118,6 +106,7 @@ def _(op: OverData) -> PyTree:
 
 @trace.register(GGN)
 @trace.register(EmpiricalFisher)
+@trace.register(Fisher)
 def _(op: OverData, *, key: Key | None = None) -> Array:
     rows = row_count(op)
     if rows <= MAX_ROWS or (key is None and rows <= op.size):
@@ -139,10 +128,15 @@ def _(op: GGN) -> Root:
     fixed = tree.promote(op.params)
 
     def rows(params: PyTree, example: PyTree) -> Array:
-        half = _square_root(_output_hessian(op, fixed, example))
-        return jnp.matmul(half.T, _output(op, params, example), precision=tree.HIGHEST)
+        half = square_root(output_hessian(op.split, fixed, example))
+        return jnp.matmul(half.T, flat_output(op.split, params, example), precision=tree.HIGHEST)
 
     return _root(op, rows)
+
+
+@root.register
+def _(op: Fisher) -> Root:
+    return _root(op, op.rows)
 
 
 def _root(op: OverData, rows: Callable[[PyTree, PyTree], Array]) -> Root:

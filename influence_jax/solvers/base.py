@@ -49,7 +49,7 @@ def warn_unconverged(info: Info | None, inverse: LinearOperator) -> None:
     failed = ~np.asarray(info.converged)
     residuals = np.asarray(info.residual)[failed]
     residual = f"worst relative residual {np.max(residuals):.1e}, " if np.all(np.isfinite(residuals)) else ""
-    lowest = float(np.min(np.asarray(info.min_curvature)[failed]))
+    lowest = float(np.fmin.reduce(np.asarray(info.min_curvature)[failed], axis=None))
     if lowest < 0:
         advice = "the operator is indefinite; use GGN, more damping, or Eigh, which is exact"
     else:

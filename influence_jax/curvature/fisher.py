@@ -1,0 +1,113 @@
+r"""The Fisher matrix with labels drawn from the model, never from the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from .. import tree
+from .._pytree import dataclass, set_field, static
+from .._typing import Array, Key, PyTree
+from ..batching import batch_size, check_positive
+from ..objective import Objective, as_objective
+from .exact import OverData
+from .outputs import flat_output, floating_output, output_hessian, require_split, square_root
+
+# Larger outputs would need the square root of too large a matrix for every example.
+MAX_OUTPUTS = 1024
+
+
+class Keyed(NamedTuple):
+    """Examples, and the random key of each: labels then do not depend on chunks, order or batch-mates."""
+
+    example: PyTree
+    key: Key
+
+
+@dataclass
+class Fisher(OverData):
+    r"""Monte-Carlo Fisher matrix, $\hat F = \frac{1}{\sum w}\sum_i w_i \frac1S\sum_s J_i^\top u_{is}u_{is}^\top J_i$.
+
+    $u_{is} = L_i\epsilon_{is}$ with $L_iL_i^\top = \nabla^2_{out}\ell_i$ and Rademacher $\epsilon_{is}$, so that its
+    expectation is the GGN: for softmax cross-entropy, the average over labels drawn from the model.  An objective
+    with `sample` gives $u_{is}$ itself, which is what outputs of more than 1024 entries or more than one axis need.
+    Positive semi-definite.
+
+    Args:
+      objective: An `Objective`.
+      params: Leaves `(*leaf)`, real floating.
+      data: Leaves `(N, ...)`.
+      weights: `(N,)`, non-negative; ones if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
+      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+      key: For the labels; needed.
+      samples: How many draws S per example; static.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form, or the key is missing.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> objective = ij.Objective(lambda p, z: (p["w"] * z)[None], lambda out, z: 0.5 * jnp.sum(out) ** 2)
+      >>> fisher = ij.Fisher(objective, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0]), key=jax.random.key(0))
+      >>> fisher.mv({"w": jnp.array(1.0)})["w"].round(4).item()
+      5.0
+
+    Reference: Martens 2014, arXiv:1412.1193, sections 5 and 9; Kunstner et al. 2019, arXiv:1905.12558.
+    """
+
+    key: Key | None = dataclasses.field(default=None, kw_only=True)
+    samples: int = static(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_positive(self.samples, "samples")
+        if not isinstance(self.data, Keyed):
+            if not isinstance(self.key, jax.Array):
+                raise ValueError(
+                    f"key: Fisher draws labels and needs a random key, got {self.key!r}; pass key=jax.random.key(0)"
+                )
+            keys = jax.random.split(self.key, batch_size(self.data, "data"))
+            set_field(self, "data", Keyed(self.data, keys))
+        set_field(self, "key", None)
+        OverData.__post_init__(self)
+        require_split(as_objective(self.objective), "Fisher")
+
+    @property
+    def psd(self) -> bool:
+        return True
+
+    @property
+    def split(self) -> Objective:
+        """The objective, known to be split into prediction and loss."""
+        return cast(Objective, self.objective)
+
+    def rows(self, params: PyTree, example: Keyed) -> Array:
+        r"""$u_{is}^\top \mathrm{predict}(\theta) / \sqrt S$, `(S,)`: their gradients are the rows of the factor."""
+        cotangents = jax.lax.stop_gradient(self._cotangents(params, example))
+        return jnp.matmul(cotangents, flat_output(self.split, params, example.example), precision=tree.HIGHEST)
+
+    def _cotangents(self, params: PyTree, example: Keyed) -> Array:
+        sample, scale = self.split.sample, self.samples**-0.5
+        out = floating_output(self.split, params, example.example)
+        if sample is not None:
+            keys = jax.random.split(example.key, self.samples)
+            drawn = jax.vmap(lambda key: sample(key, out))(keys)
+            return scale * tree.flatten(tree.promote(drawn), out)
+        if len(jax.tree.leaves(out)) > 1 or out.ndim > 1 or tree.size(out) > MAX_OUTPUTS:
+            raise ValueError(
+                f"objective: its output {jax.tree.map(jnp.shape, out)} is not one vector of at most {MAX_OUTPUTS} "
+                "entries; give Objective a sample function, e.g. sample=influence_jax.softmax_sample"
+            )
+        half = square_root(output_hessian(self.split, params, example.example))
+        signs = jax.random.rademacher(example.key, (self.samples, half.shape[0]), half.dtype)
+        return scale * jnp.matmul(signs, half.T, precision=tree.HIGHEST)
+
+    def sum_product(self, params: PyTree, batch: Keyed, weights: Array, v: PyTree) -> PyTree:
+        def rows(p: PyTree) -> Array:
+            return jax.vmap(self.rows, (None, 0))(p, batch)
+
+        values, tangent = jax.jvp(rows, (params,), (v,))
+        return jax.vjp(rows, params)[1](tangent * weights.astype(values.dtype)[:, None])[0]

@@ -1,0 +1,66 @@
+"""The model's output as one flat array, and the curvature of the loss in it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from .. import tree
+from .._typing import Array, PyTree
+from ..objective import LossOnly, Objective
+
+
+def require_split(objective: Objective | LossOnly, operator: str) -> Objective:
+    """The objective, if it is split into prediction and loss.
+
+    Raises:
+      TypeError: If it is a bare function.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    raise TypeError(
+        f"objective: {operator} got the bare function {objective!r}, expected an Objective, because it needs the "
+        "model's output; write Objective(predict, loss) with predict(params, example) and loss(output, example), or "
+        "use Hessian or EmpiricalFisher"
+    )
+
+
+def floating_output(objective: Objective, params: PyTree, example: PyTree) -> PyTree:
+    """The model's output for one example, checked to be floating."""
+    out = objective.output(params, example)
+    for path, leaf in tree.named_leaves(out):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"predict: leaf '{path}' of the output is {jnp.result_type(leaf)}, expected floating outputs only, for "
+                "GGN and Fisher differentiate the loss in all of them"
+            )
+    return out
+
+
+def flat_output(objective: Objective, params: PyTree, example: PyTree) -> Array:
+    """The model's output as one flat array `(C,)`, float32 or wider."""
+    out = floating_output(objective, params, example)
+    return tree.flatten(tree.promote(out), out)
+
+
+def output_hessian(objective: Objective, params: PyTree, example: PyTree) -> Array:
+    """The loss Hessian in the flat output, `(C, C)`."""
+    like = jax.eval_shape(lambda p: floating_output(objective, p, example), params)
+
+    def cost(flat: Array) -> Array:
+        return objective.cost(tree.cast_like(tree.unflatten(flat, like), like), example)
+
+    return jax.hessian(cost)(flat_output(objective, params, example))
+
+
+def square_root(matrix: Array) -> Array:
+    """The symmetric L with L L = matrix; NaN if the matrix has a negative eigenvalue beyond rounding.
+
+    Symmetric, because it is the only square root that does not depend on the signs and rotations of eigenvectors, which
+    differ from one compiled program to the next.  Eigenvalues at rounding level are zero: their roots are not small.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    rounding = 10 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
+    roots = jnp.where(values > rounding, jnp.sqrt(jnp.maximum(values, rounding)), 0.0).astype(matrix.dtype)
+    roots = jnp.where(values < -rounding, jnp.nan, roots)
+    return jnp.matmul(vectors * roots[None], vectors.T, precision=tree.HIGHEST)
