@@ -435,8 +435,8 @@ class TestFisher:
         places = ij.unflatten(jnp.arange(39.0), v)["layer1"]["kernel"].astype(int).ravel()
         assert relative_error(ij.to_dense(block), ij.to_dense(self.fisher(3))[places][:, places]) < 1e-12
 
-    @pytest.mark.parametrize("samples", [1, 3])
-    def test_products_and_factors_are_one_matrix(self, samples):
+    def test_products_and_factors_are_one_matrix(self):
+        samples = 3
         op = self.fisher(samples, weights=jnp.linspace(0.5, 2.0, COUNT))
         v = helpers.random_like(jax.random.key(3), op.params)
         dense = ij.to_dense(op)
@@ -445,8 +445,6 @@ class TestFisher:
         root = ij.root(op)
         assert root.apply(v).shape == (COUNT, samples)
         assert tree_error(root.transpose(root.weights[:, None] * root.apply(v)), op.mv(v)) < 1e-12
-        solved = ij.invert(op, ij.Direct(0.1)).mv(v)
-        assert tree_error(solved, ij.invert(op, ij.CG(0.1, rtol=1e-12)).mv(v)) < 1e-9
 
     def test_sequences_take_a_sample_function(self):
         """Outputs (T, V): a label per position, whose covariance is that of the softmax."""
