@@ -89,7 +89,7 @@ def softmax_sample(key: Key, logits: Array) -> Array:
     For `Objective(..., sample=softmax_sample)`; logits `(..., C)`, a label per position.
 
     Example:
-      >>> softmax_sample(jax.random.key(0), jnp.array([0.0, 100.0])).tolist()
+      >>> softmax_sample(jax.random.key(0), jnp.array([-jnp.inf, 0.0])).tolist()
       [0.0, 0.0]
     """
     labels = jax.random.categorical(key, logits)

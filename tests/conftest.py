@@ -6,6 +6,7 @@ These are settings of the tests, never of the library.
 import contextlib
 import logging
 import os
+import pathlib
 
 # Before jax is imported. LAPACK slows down many times over when its threads fight with the other test processes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -21,6 +22,15 @@ jax.config.update("jax_enable_x64", True)
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def compiler(request):
+    """Compile quickly, but as users do where numbers are compared with stored ones or a compiler is on trial."""
+    fast = pathlib.Path(request.node.path).stem not in ("test_golden", "test_package", "test_influence")
+    jax.config.update("jax_disable_most_optimizations", fast)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
