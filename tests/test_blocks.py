@@ -90,11 +90,10 @@ class TestBlockwise:
         values, vectors = jnp.linalg.eigh(jnp.where(layer[:, None] == layer[None], dense, 0.0))
         op = ij.LowRank(ij.unflatten(vectors.T, PARAMS), values)
         V = helpers.random_like(jax.random.key(3), PARAMS, rows=3)
-        for solver in (ij.Direct(0.1), ij.CG(0.1, rtol=1e-12)):
-            got = ij.invert(op, ij.Blockwise(solver)).mm(V)
-            assert tree_error(got, ij.invert(op, ij.Direct(0.1)).mm(V)) < 1e-9
-            same = ij.invert(GGN, ij.Blockwise(solver)).mm(V)
-            assert tree_error(same, got) < 1e-9, "of the GGN, the block diagonal counts"
+        got = ij.invert(op, ij.Blockwise(ij.Direct(0.1))).mm(V)
+        assert tree_error(got, ij.invert(op, ij.Direct(0.1)).mm(V)) < 1e-9
+        same = ij.invert(GGN, ij.Blockwise(ij.Direct(0.1))).mm(V)
+        assert tree_error(same, got) < 1e-9, "of the GGN, the block diagonal counts"
 
     def test_three_solvers_equal_the_three_by_hand(self):
         solvers = {"layer0": ij.Direct(0.1), "layer1": ij.Eigh(0.2), "layer2": ij.CG(0.3, rtol=1e-12)}

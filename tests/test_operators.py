@@ -119,9 +119,10 @@ def test_multiples_that_are_not_psd():
     assert not (op + -1.0 * op).psd
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", OVER_DATA)
-@pytest.mark.parametrize(("count", "chunk"), [(1, None), (COUNT, 5)])
+@pytest.mark.parametrize(
+    ("model", "count", "chunk"), [("classification", 1, None), *((model, COUNT, 5) for model in MODELS)]
+)
 def test_equals_independent_dense_reference(kind, model, count, chunk):
     objective, params, data = problem(model, count)
     weights = jnp.linspace(0.5, 2.0, count) if chunk else None
@@ -338,9 +339,7 @@ def test_minibatches_are_unbiased(kind, weighted):
 
 
 @pytest.mark.parametrize("kind", OVER_DATA)
-@pytest.mark.parametrize(
-    "block", [("layer0/kernel",), ("layer0/bias", "layer1/kernel"), ("layer1/kernel", "layer1/bias")]
-)
+@pytest.mark.parametrize("block", [("layer0/bias", "layer1/kernel"), ("layer1/kernel", "layer1/bias")])
 def test_restrict_is_the_diagonal_block_in_the_same_class(kind, block):
     objective, params, data = problem("classification")
     op = kind(objective, params, data)

@@ -144,9 +144,7 @@ def central_difference(fn, x, direction, step=1e-5):
     return (fn(shift(1.0)) - fn(shift(-1.0))) / (2 * step)
 
 
-@pytest.mark.parametrize(
-    ("solver", "mode"), [("Direct", "reverse"), ("Eigh", "forward"), ("CG", "forward"), ("CG", "reverse")]
-)
+@pytest.mark.parametrize(("solver", "mode"), [("Direct", "reverse"), ("Eigh", "forward"), ("CG", "reverse")])
 @pytest.mark.parametrize("argument", ["damping", "weights", "params"])
 def test_derivatives_through_solves(solver, mode, argument):
     start = {"damping": jnp.array(0.3), "weights": jnp.linspace(0.5, 1.5, 40), "params": PARAMS}[argument]

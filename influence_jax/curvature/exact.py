@@ -69,6 +69,11 @@ class OverData(LinearOperator, abc.ABC):
         """The loss of one example."""
         return as_objective(self.objective)(params, example)
 
+    @property
+    def split(self) -> Objective:
+        """The objective of an operator that has required it to be split into prediction and loss."""
+        return cast(Objective, self.objective)
+
     @abc.abstractmethod
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         r"""$\sum_i w_i C_i v$ over one chunk."""
@@ -143,11 +148,6 @@ class GGN(OverData):
     @property
     def psd(self) -> bool:
         return True
-
-    @property
-    def split(self) -> Objective:
-        """The objective, known to be split into prediction and loss."""
-        return cast(Objective, self.objective)
 
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def outputs(p: PyTree) -> PyTree:

@@ -3,7 +3,7 @@ r"""The Fisher matrix with labels drawn from the model, never from the data."""
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from .. import tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from ..batching import batch_size, check_positive
-from ..objective import Objective, as_objective
+from ..objective import as_objective
 from .exact import OverData
 from .outputs import flat_output, floating_output, output_hessian, require_split, square_root
 
@@ -78,11 +78,6 @@ class Fisher(OverData):
     @property
     def psd(self) -> bool:
         return True
-
-    @property
-    def split(self) -> Objective:
-        """The objective, known to be split into prediction and loss."""
-        return cast(Objective, self.objective)
 
     def rows(self, params: PyTree, example: Keyed) -> Array:
         r"""$u_{is}^\top \mathrm{predict}(\theta) / \sqrt S$, `(S,)`: their gradients are the rows of the factor."""
