@@ -38,9 +38,9 @@ class InfluenceFunctionModel:
     Args:
       objective: Loss of one example, an `Objective` or a bare `f(params, example) -> scalar`.
       params: Trained parameters, leaves `(*leaf)`.
-      curvature: `(objective, params, data) -> LinearOperator`, e.g. `GGN`, `Hessian`, `partial(GGN, chunk=64)`.
-      Static. solver: How the curvature is inverted, damping included. blocks: Which parameters interact: `full`,
-      `by_layer`, `by_parameter`, a function from leaf name to block name,
+      curvature: `(objective, params, data) -> LinearOperator`, e.g. `GGN`, `Hessian`, `partial(GGN, chunk=64)`; static.
+      solver: How the curvature is inverted, damping included.
+      blocks: Which parameters interact: `full`, `by_layer`, `by_parameter`, a function from leaf name to block name,
         or a dict from block names to prefixes.
       measurement: What is asked of a query, if not its loss.
 

@@ -43,3 +43,15 @@ def test_quickstart(tmp_path):
     assert "most harmful" in printed
     precision, recall = map(int, re.search(r"top +20 .*precision (\d+)%, recall (\d+)%", printed).groups())
     assert precision == recall >= 70, printed
+
+
+def test_training_loop(tmp_path):
+    picture = tmp_path / "training_loop.png"
+    small = ("--train", "400", "--epochs", "12", "--every", "4", "--picture", str(picture))
+    printed = run("examples/training_loop.py", *small)
+    assert picture.stat().st_size > 10_000
+    plain, curated = map(float, re.findall(r"test accuracy ([\d.]+)%", printed))
+    assert curated > plain + 3, printed
+    precisions = [int(share) for share in re.findall(r"(\d+)% of them with a wrong label", printed)]
+    assert len(precisions) == 2, printed
+    assert min(precisions) > 80, printed

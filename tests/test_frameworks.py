@@ -4,8 +4,11 @@ import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 from helpers import relative_error
 
 import influence_jax as ij
@@ -38,6 +41,12 @@ def linen_convolutions(key):
     return *ij.from_linen(net, {**variables, "batch_stats": stats}, helpers.cross_entropy), batch
 
 
+def linen_dense(key):
+    net = nn.Sequential([nn.Dense(4, param_dtype=jnp.float64), nn.tanh, nn.Dense(3, param_dtype=jnp.float64)])
+    batch = helpers.random_batch(key, 8, 5, 3, classes=True)
+    return *ij.from_linen(net, net.init(key, batch.x), helpers.cross_entropy), batch
+
+
 def nnx_network(key):
     net = nnx.Sequential(
         nnx.Linear(5, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64),
@@ -63,37 +72,102 @@ def one_array(key):
     return objective, jax.random.normal(key, (5, 3)), helpers.random_batch(key, 8, 5, 3, classes=True)
 
 
-@pytest.mark.parametrize("build", [linen_convolutions, nnx_network, nested_tuples, one_array])
-def test_every_method(build):
-    objective, params, data = build(jax.random.key(0))
-    query = jax.tree.map(lambda x: x[:3], data)
-    flat, loss = ij.flatten(params, params), helpers.flat_objective(objective, params)
-    grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(flat, data)
-    matrix = ij.to_dense(ij.GGN(objective, params, data)) + DAMPING * jnp.eye(len(flat))
-    factors = jnp.linalg.solve(matrix, grads.T).T
-    expected = factors @ grads.T
+class Problem:
+    """A model with its dense reference: per-example gradients, curvature, and gradients' derivatives in the input."""
 
-    model = ij.InfluenceFunctionModel(objective, params, solver=ij.Direct(DAMPING)).fit(data)
-    assert model.n_parameters == len(flat)
-    assert relative_error(ij.flatten(model.influence_factors(query), params), factors[:3]) < 1e-9
+    def __init__(self, build):
+        self.objective, self.params, self.data = build(jax.random.key(0))
+        self.query = jax.tree.map(lambda x: x[:3], self.data)
+        flat, loss = ij.flatten(self.params, self.params), helpers.flat_objective(self.objective, self.params)
+        self.grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(flat, self.data)
+        self.matrix = ij.to_dense(ij.GGN(self.objective, self.params, self.data))
+        input_gradient = jax.grad(lambda x, f, z: loss(f, _with(z, x)))
+        mixed = jax.jit(jax.vmap(jax.jacfwd(input_gradient, argnums=1), (0, None, 0)))
+        self.mixed = mixed(self.data.x, flat, self.data)  # (N, *x.shape, P)
+
+    def model(self, **kwargs):
+        model = ij.InfluenceFunctionModel(self.objective, self.params, solver=ij.Direct(DAMPING), **kwargs)
+        return model.fit(self.data)
+
+    def flat(self, factors):
+        return ij.flatten(factors, self.params)
+
+    def factors(self, mask=1.0):
+        """Gradients solved with the damped curvature, entries outside `mask` (P, P) zeroed."""
+        return jnp.linalg.solve(self.matrix * mask + DAMPING * jnp.eye(len(self.matrix)), self.grads.T).T
+
+    def perturbed(self, factors):
+        return jnp.tensordot(factors[:3], self.mixed, axes=([1], [self.mixed.ndim - 1]))
+
+
+@pytest.fixture(params=[linen_dense, linen_convolutions, nnx_network, nested_tuples, one_array], scope="module")
+def problem(request):
+    with jax.numpy_dtype_promotion("standard"):
+        return Problem(request.param)
+
+
+def test_every_method(problem):
+    data, query, factors = problem.data, problem.query, problem.factors()
+    expected = factors @ problem.grads.T
+    model = problem.model()
+    assert model.n_parameters == len(problem.matrix)
+    solved = model.influence_factors(query)
+    assert relative_error(problem.flat(solved), factors[:3]) < 1e-9
     assert relative_error(model.influences(query, data), expected[:3]) < 1e-9
+    assert relative_error(model.influences_from_factors(solved, data), expected[:3]) < 1e-9
     assert relative_error(model.self_influences(data), jnp.diag(expected)) < 1e-9
     assert model.top_k(query, data, 2).indices.tolist() == jnp.argsort(-expected[:3], axis=1)[:, :2].tolist()
+    assert relative_error(model.influences(query, data, "perturbation"), problem.perturbed(factors)) < 1e-9
 
-    input_gradient = jax.grad(lambda x, f, z: loss(f, _with(z, x)))
-    mixed = jax.jit(jax.vmap(jax.jacfwd(input_gradient, argnums=1), (0, None, 0)))
-    perturbed = model.influences(query, data, "perturbation")
-    jacobians = mixed(data.x, flat, data)
-    assert relative_error(perturbed, jnp.tensordot(factors[:3], jacobians, axes=([1], [jacobians.ndim - 1]))) < 1e-9
 
-    by_block = model.influences_by_block(query, data, blocks=ij.by_parameter)
-    assert len(by_block) == len(jax.tree.leaves(params))
-    assert relative_error(sum(by_block.values()), expected[:3]) < 1e-9
+def test_every_method_by_block(problem):
+    data, query = problem.data, problem.query
+    model = problem.model(blocks=ij.by_parameter)
+    sizes = [leaf.size for leaf in jax.tree.leaves(problem.params)]
+    inside = np.repeat(np.eye(len(sizes)), sizes, axis=1)  # (blocks, P)
+    factors = problem.factors(inside.T @ inside)
+    up = jnp.einsum("qp,bp,np->bqn", factors[:3], inside, problem.grads)
+
+    assert len(model.block_names) == len(sizes)
+    solved = model.influence_factors_by_block(query)
+    assert relative_error(problem.flat(model.influence_factors(query)), factors[:3]) < 1e-9
+    by_block = model.influences_by_block(query, data)
+    assert list(by_block) == list(solved) == list(model.block_names)
+    assert relative_error(jnp.stack(list(by_block.values())), up) < 1e-9
+    again = model.influences_from_factors_by_block(solved, data)
+    assert relative_error(jnp.stack(list(again.values())), up) < 1e-9
+    last = model.block_names[-1]
+    block = model.influence.block(last).influences(query, data, "perturbation")
+    assert relative_error(block, problem.perturbed(factors * inside[-1:])) < 1e-9
+    split = problem.model().influences_by_block(query, data, blocks=ij.by_parameter)
+    assert relative_error(sum(split.values()), (problem.factors() @ problem.grads.T)[:3]) < 1e-9
 
 
 def _with(example: ij.Batch, x: jax.Array) -> ij.Batch:
     """The example with another input."""
     return jax.tree.unflatten(jax.tree.structure(example), [x, example.y])
+
+
+def test_scores_in_a_jitted_function_of_a_train_state():
+    """As `examples/training_loop.py` does it: the optax state goes in, scores come out, nothing is compiled twice."""
+    objective, params, data = linen_dense(jax.random.key(0))
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-2))
+    traces = []
+
+    @jax.jit
+    def step_and_score(state, data):
+        traces.append(1)
+        loss = lambda p: jnp.mean(jax.vmap(objective, (None, 0))(p, data))
+        state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+        inverse = ij.invert(ij.GGN(objective, state.params, data), ij.CG(DAMPING, rtol=1e-12))
+        return state, ij.Influence(objective, state.params, inverse).influences(data, data)
+
+    for _ in range(3):
+        state, scores = step_and_score(state, data)
+        exact = ij.InfluenceFunctionModel(objective, state.params, solver=ij.Direct(DAMPING)).fit(data)
+        assert relative_error(scores, exact.influences(data)) < 1e-9
+    assert int(state.step) == 3
+    assert len(traces) == 1
 
 
 def test_tokens_are_perturbed_through_their_embeddings():
