@@ -115,7 +115,8 @@ def from_nnx(
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     if not jax.tree.leaves(params):
         raise ValueError("model: has no nnx.Param, so there is nothing to differentiate")
-    return Objective(_NnxPredict(graph, input, batched), loss, constants=rest), params
+    # nnx.split shares the model's Variables: a snapshot does not change when the model is trained on.
+    return Objective(_NnxPredict(graph, input, batched), loss, constants=rest), jax.tree.map(jnp.asarray, params)
 
 
 def _dropout_rate(module: Any) -> float:

@@ -19,7 +19,7 @@ from jax import lax
 
 from . import tree
 from ._pytree import dataclass
-from ._typing import Array, PyTree
+from ._typing import Array, Key, PyTree
 
 Carry = TypeVar("Carry")
 
@@ -101,7 +101,7 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
     """
     batch_size(batch, name)
     for path, leaf in tree.named_leaves(batch):
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
+        if isinstance(leaf, np.ndarray) and not _is_number(leaf.dtype):
             raise TypeError(
                 f"{name}: leaf '{path}' has dtype {leaf.dtype}, expected numbers or booleans; encode it first"
             )
@@ -111,6 +111,10 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
                 "with .astype(numpy.float32) or run under jax.enable_x64(True)"
             )
     return jax.tree.map(jnp.asarray, batch)
+
+
+def _is_number(dtype: np.dtype) -> bool:
+    return dtype.kind in "biufc" or jnp.issubdtype(dtype, np.number)  # the latter for bfloat16 and its kind
 
 
 def check_chunk(chunk: int | None, name: str = "chunk") -> None:
@@ -125,6 +129,17 @@ def check_positive(count: int, name: str) -> None:
         raise TypeError(f"{name}: got {count!r}, expected a positive int")
     if count < 1:
         raise ValueError(f"{name}: got {count}, expected a positive int")
+
+
+def check_key(key: Any, why: str) -> Key:
+    """The key, if it is one random key; `why` says who needs it and how to pass it."""
+    if isinstance(key, jax.Array):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if (typed and key.shape == ()) or (key.dtype == jnp.uint32 and key.shape == (2,)):
+            return key
+    got = f"an array {key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
+    wrong = ValueError if key is None or isinstance(key, jax.Array) else TypeError
+    raise wrong(f"key: {why}; got {got}, expected one random key such as jax.random.key(0)")
 
 
 def chunk_for(entries_per_example: int) -> int:

@@ -91,7 +91,8 @@ def as_blocks(blocks: Blocks) -> Callable[[str], str]:
     """
     if isinstance(blocks, Mapping):
         for block, prefixes in blocks.items():
-            if isinstance(prefixes, str) or not all(isinstance(prefix, str) for prefix in prefixes):
+            listed = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
+            if not listed or not prefixes or not all(isinstance(prefix, str) for prefix in prefixes):
                 raise TypeError(f"blocks: got {block!r}: {prefixes!r}, expected a list of prefixes of leaf names")
         return Prefixes(tuple((block, tuple(prefixes)) for block, prefixes in blocks.items()))
     if not callable(blocks):
@@ -173,8 +174,13 @@ class Frozen:
     structure: Any = static()
 
     def merge(self, block: dict[str, Array]) -> PyTree:
-        """The whole tree, with `block` in its place."""
-        return self.structure.unflatten([block[name] if name in block else self.leaves[name] for name in self.names])
+        """The whole tree, with `block` in its place.
+
+        Derivatives are taken in float32 at least: the rest of a bfloat16 model then has to be computed in it as well.
+        """
+        promoted = all(leaf.dtype == tree.accumulation_dtype(leaf.dtype) for leaf in block.values())
+        rest = tree.promote(self.leaves) if promoted else self.leaves
+        return self.structure.unflatten([block[name] if name in block else rest[name] for name in self.names])
 
 
 def whole(params: PyTree, frozen: Frozen | None) -> PyTree:

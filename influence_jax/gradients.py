@@ -8,12 +8,14 @@ forward pass over a gradient with respect to the input.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from . import tree
+from ._jaxpr_compat import uses
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, chunk_for, map_over, rhs_chunk_or_default
 from .objective import LossOnly, Objective, as_objective, get_field, replace_field
@@ -187,6 +189,18 @@ def _per_example_grads(
     return map_over(partial(jax.grad(objective), params), batch, chunk=chunk or chunk_for(tree.size(params)))
 
 
+def directional(fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree) -> tuple[PyTree, PyTree]:
+    """`fn(params)` and its derivative along a vector.
+
+    Forward mode, or where a function decorated with `jax.custom_vjp` has none, the transpose of reverse mode.
+    """
+    forward = lambda p, v: jax.jvp(fn, (p,), (v,))
+    if not uses(jax.make_jaxpr(forward)(params, vector), "custom_lin"):
+        return forward(params, vector)
+    value, pullback = jax.vjp(fn, params)
+    return value, jax.vjp(pullback, jax.tree.map(jnp.zeros_like, value))[1]((vector,))[0]
+
+
 @partial(jax.jit, static_argnames=("chunk", "rhs_chunk"))
 def _jacobian_product(
     objective: Objective | LossOnly,
@@ -200,7 +214,7 @@ def _jacobian_product(
 
     def one(example: PyTree) -> Array:
         def along(vector: PyTree) -> Array:
-            return jax.jvp(lambda p: objective(p, example), (params,), (vector,))[1]
+            return directional(lambda p: objective(p, example), params, vector)[1]
 
         return map_over(along, vectors, chunk=rhs_chunk_or_default(rhs_chunk))
 
@@ -235,7 +249,7 @@ def _mixed_product(
 
     def one(example: PyTree) -> PyTree:
         def along(vector: PyTree) -> PyTree:
-            return jax.jvp(partial(_input_gradient, objective, example, wrt), (params,), (vector,))[1]
+            return directional(partial(_input_gradient, objective, example, wrt), params, vector)[1]
 
         return map_over(along, vectors, chunk=rhs_chunk_or_default(rhs_chunk))
 

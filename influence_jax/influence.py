@@ -24,8 +24,8 @@ from .blocks import Block, Blocks, join, partition, select
 from .curvature import Identity, LinearOperator
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
-from .scoring import TopK, count, inner_products, perturbed, top_k
-from .solvers import Info, Inverse, warn_unconverged
+from .scoring import TopK, inner_products, perturbed, top_k
+from .solvers import Info, Inverse, solve_with_info, warn_unconverged
 
 
 class InfluenceMode(enum.StrEnum):
@@ -116,7 +116,7 @@ class Influence:
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
             return self._perturbed(self._solved(query), train, wrt)
-        if count(train) < count(query) and self.inverse.symmetric:
+        if tree.count(train) < tree.count(query) and self.inverse.symmetric:
             scores, info = _up_from_train(self, query, train)
             warn_unconverged(info, self.inverse)
             return scores
@@ -156,7 +156,7 @@ class Influence:
           ValueError: If the factors are not a stack of parameter-shaped trees, or as `influences`.
           TypeError: If the perturbed part is not floating.
         """
-        if isinstance(factors, OrderedDict):
+        if self._is_by_block(factors):
             factors = self._joined(factors)
         tree.check_stack(factors, self.params, "factors")
         train, mode = as_batch(train, "train"), as_mode(mode)
@@ -278,6 +278,13 @@ class Influence:
         factors = self.influence_factors_by_block(query, blocks=blocks)
         return self.influences_from_factors_by_block(factors, train, mode, wrt=wrt)
 
+    def _is_by_block(self, factors: PyTree) -> bool:
+        """Whether factors are a dict by block, rather than a tree shaped like the parameters."""
+        if jax.tree.structure(factors) == jax.tree.structure(self.params) or not isinstance(factors, Mapping):
+            return False
+        names = {name for name, _ in tree.named_leaves(self.params)}
+        return all(isinstance(part, Mapping) and names.issuperset(part) for part in factors.values())
+
     def _joined(self, factors: Mapping[str, PyTree]) -> PyTree:
         """Factors by block as one tree, checked to hold every leaf once."""
         if not isinstance(factors, Mapping) or not all(isinstance(part, Mapping) for part in factors.values()):
@@ -321,8 +328,8 @@ class Influence:
         """
         query, train = as_batch(query, "query"), as_batch(train, "train")
         check_positive(k, "k")
-        if k > count(train):
-            raise ValueError(f"k: got {k}, expected between 1 and {count(train)}, the number of training examples")
+        if k > tree.count(train):
+            raise ValueError(f"k: got {k}, expected between 1 and {tree.count(train)}, the number of training examples")
         objective, factors = as_objective(self.objective), self._solved(query)
         return top_k(objective, self.params, factors, train, int(k), self.chunk, self.rhs_chunk)
 
@@ -342,16 +349,10 @@ def as_mode(mode: Any) -> InfluenceMode:
     raise ValueError(f"mode: got {mode!r}, expected one of {[str(m) for m in InfluenceMode]}")
 
 
-def _solve(inverse: LinearOperator, grads: PyTree) -> tuple[PyTree, Info | None]:
-    if isinstance(inverse, Inverse):
-        return inverse.solve_many(tree.promote(grads))
-    return inverse.mm(tree.promote(grads)), None
-
-
 @jax.jit
 def _factors(influence: Influence, query: PyTree) -> tuple[PyTree, Info | None]:
     grads = _per_example_grads(influence.asked, influence.params, query, influence.chunk)
-    return _solve(influence.inverse, grads)
+    return solve_with_info(influence.inverse, tree.promote(grads))
 
 
 @jax.jit
@@ -364,7 +365,7 @@ def _up(influence: Influence, factors: PyTree, train: PyTree) -> Array:
 def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[Array, Info | None]:
     """Solve for the training examples, which are fewer than the queries; P is self-adjoint."""
     grads = _per_example_grads(influence.objective, influence.params, train, influence.chunk)
-    factors, info = _solve(influence.inverse, grads)
+    factors, info = solve_with_info(influence.inverse, tree.promote(grads))
     chunks = influence.chunk, influence.rhs_chunk
     return inner_products(influence.asked, influence.params, factors, query, *chunks), info
 
@@ -373,7 +374,7 @@ def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[
 def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
     def one_chunk(part: PyTree) -> tuple[Array, Info | None]:
         grads = _per_example_grads(influence.objective, influence.params, part)
-        solved, info = _solve(influence.inverse, grads)
+        solved, info = solve_with_info(influence.inverse, tree.promote(grads))
         return tree.dots(solved, tree.promote(grads)), info
 
     return map_chunks(one_chunk, batch, chunk=influence.chunk or chunk_for(tree.size(influence.params)))

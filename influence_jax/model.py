@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from .influence import Influence, InfluenceMode
 from .objective import LossOnly, Objective, as_objective
 from .scoring import TopK
 from .solvers import CG, Blockwise, Solver, invert
+from .solvers.base import check_solver
 
 
 class NotFittedError(ValueError):
@@ -62,7 +64,7 @@ class InfluenceFunctionModel:
     solver: Solver = dataclasses.field(default_factory=lambda: CG(1e-3), kw_only=True)
     blocks: Any = static(default=full, kw_only=True)
     measurement: Objective | LossOnly | LossFunction | None = dataclasses.field(default=None, kw_only=True)
-    fitted: Influence | None = dataclasses.field(default=None, kw_only=True)
+    fitted: Influence | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         set_field(self, "objective", as_objective(self.objective))
@@ -74,6 +76,7 @@ class InfluenceFunctionModel:
                 f"curvature: got {self.curvature!r}, expected a function (objective, params, data) -> operator such as "
                 "influence_jax.GGN; fit supplies the data"
             )
+        check_solver(self.solver)
         if isinstance(self.solver, Blockwise) and self.blocks is not full:
             raise ValueError("blocks: given together with a Blockwise solver, expected one or the other; drop blocks")
         set_field(self, "blocks", as_blocks(self.blocks))
@@ -83,22 +86,25 @@ class InfluenceFunctionModel:
 
         Args:
           data: Leaves `(N, ...)`.
-          key: For solvers and dampings that draw random numbers.
+          key: For solvers and dampings that draw random numbers; a curvature that does, e.g. `Fisher`, brings its own.
 
         Returns:
           A fitted model; this one is unchanged.
 
         Raises:
-          ValueError: If data or parameters hold NaN or infinity.
+          ValueError: If data or parameters hold NaN or infinity, or the objective fails on an example of such shapes.
         """
         data = as_batch(_labelled(data, "data"), "data")
         _check_finite(self.params, "params")
         _check_finite(data, "data")
+        _check_loss(as_objective(self.objective), self.params, data)
         op = self.curvature(self.objective, self.params, data)
         solver = self.solver if self.blocks is full else Blockwise(self.solver, self.blocks)
         inverse = invert(op, solver, key=key)
         influence = Influence(self.objective, self.params, inverse, measurement=self.measurement)
-        return dataclasses.replace(self, fitted=influence)
+        fitted = copy.copy(self)  # not dataclasses.replace, which makes an unfitted model: its fields may have changed
+        set_field(fitted, "fitted", influence)
+        return fitted
 
     @property
     def is_fitted(self) -> bool:
@@ -212,8 +218,21 @@ def _check_finite(values: PyTree, name: str) -> None:
     for path, leaf in tree.named_leaves(values):
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
+        with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is counted now
+            bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
         if bad:
             raise ValueError(
                 f"{name}: leaf '{path}' holds {bad} entries that are NaN or infinite, expected finite numbers"
             )
+
+
+def _check_loss(objective: Objective | LossOnly, params: PyTree, data: PyTree) -> None:
+    """Try the objective on the shapes of one example, before anything long begins."""
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
+    try:
+        jax.eval_shape(objective, params, example)
+    except Exception as error:
+        shapes = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.named_leaves(example)}
+        raise ValueError(
+            f"data: the objective fails on one example, whose parts are {shapes}: {type(error).__name__}: {error}"
+        ) from error

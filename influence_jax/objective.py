@@ -177,6 +177,11 @@ def get_field(example: PyTree, name: str | int, argument: str) -> PyTree:
       ValueError: If there is no such part; the message lists what there is.
     """
     parts = _parts(example)
+    if not parts:
+        raise ValueError(
+            f"{argument}: got {name!r}, but an example is {type(example).__name__} without named parts; make the batch "
+            f"a Batch(x, y), or a dict such as {{{name!r}: batch}}"
+        )
     if not isinstance(name, str | int) or name not in parts:
         raise ValueError(f"{argument}: got {name!r}, expected one of {list(parts)}, the parts of an example")
     return parts[name]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import tree
-from ._jaxpr_compat import matmul_flops, uses
+from ._jaxpr_compat import matmul_flops
 from ._typing import Array, PyTree
 from .batching import chunk_for, map_over, scan_chunks
 from .gradients import _jacobian_product, _mixed_product
@@ -43,7 +43,7 @@ def inner_products(
     rhs_chunk: int | None,
 ) -> Array:
     """Inner products of factors and per-example gradients, `(N, Q)`."""
-    if _directional(objective, params, batch, count(factors)):
+    if _directional(objective, params, batch, tree.count(factors)):
         return _jacobian_product(objective, params, batch, factors, chunk, rhs_chunk)
     wide = tree.promote(params)
 
@@ -61,8 +61,6 @@ def _directional(objective: Objective | LossOnly, params: PyTree, batch: PyTree,
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     jaxpr = jax.make_jaxpr(objective)(params, shapes)
-    if uses(jaxpr, "custom_vjp_call"):  # has no forward mode
-        return False
     flops = matmul_flops(jaxpr)
     return factors <= GRADIENT_PASSES + OPERATIONS_PER_ENTRY * tree.size(params) / max(flops, 1)
 
@@ -93,7 +91,7 @@ def top_k(
     rhs_chunk: int | None,
 ) -> TopK:
     """The k largest inner products of each factor, merged chunk by chunk."""
-    total, queries = count(batch), count(factors)
+    total, queries = tree.count(batch), tree.count(factors)
 
     def merge(best: tuple[Array, ...], part: PyTree, indices: Array) -> tuple[Array, ...]:
         losses = -inner_products(objective, params, factors, part, chunk, rhs_chunk).T
@@ -106,8 +104,3 @@ def top_k(
     none = (jnp.ones((queries, k), bool), jnp.zeros((queries, k), dtype), jnp.full((queries, k), total, jnp.int32))
     _, losses, indices = scan_chunks(merge, none, batch, chunk=chunk)
     return TopK(-losses, indices)
-
-
-def count(stack: PyTree) -> int:
-    """Length of the leading axis."""
-    return jax.tree.leaves(stack)[0].shape[0]

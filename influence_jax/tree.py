@@ -42,6 +42,11 @@ def size(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def count(stack: PyTree) -> int:
+    """Length of the leading axis."""
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
 def widest(*dtypes: np.dtype) -> np.dtype:
     """The floating dtype that holds all of the given ones."""
     widths = {jnp.dtype(dtype): jnp.finfo(dtype).bits for dtype in dtypes}

@@ -206,3 +206,12 @@ def test_nnx_states_are_ordinary_parameters():
     block = ij.restrict(op, ("layer0/kernel",))
     plain = ij.restrict(ij.Hessian(helpers.CLASSIFICATION, PLAIN, BATCH), ("layer0/kernel",))
     assert relative_error(ij.to_dense(block), ij.to_dense(plain)) < 1e-11
+
+
+def test_parameters_of_an_nnx_model_are_a_snapshot():
+    net = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    _, params = ij.from_nnx(net, helpers.squared_loss)
+    before = jax.tree.map(np.asarray, jax.tree.leaves(params))
+    net.kernel[...] = net.kernel[...] + 1.0
+    assert all(np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(params), strict=True))
+    assert jax.tree.leaves(ij.from_nnx(net, helpers.squared_loss)[1])[1].sum() != before[1].sum()

@@ -286,3 +286,39 @@ class TestInfluenceFunctionModel:
         with pytest.raises(error) as caught:
             call(self.MODEL)
         assert all(word in str(caught.value) for word in words)
+
+
+def test_warnings_name_the_block_and_blame_the_callers_line():
+    solvers = {"layer0": ij.Direct(0.1), "layer1": ij.CG(1e-6, max_steps=1), "layer2": ij.Direct(0.1)}
+    influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(GGN, ij.Blockwise(solvers)))
+    with pytest.warns(ij.ConvergenceWarning, match=r"in block 'layer1' \(worst relative residual") as caught:
+        influence.influences(TRAIN, TRAIN)
+    assert caught[0].filename == __file__
+    info = influence.inverse.solve(PARAMS)[1]
+    assert int(info.block) == 1
+    assert info.residual > 0.01
+    for doubled in (2.0 * influence.inverse, influence.inverse + ij.Identity(PARAMS)):
+        with pytest.warns(ij.ConvergenceWarning, match="did not converge"):
+            dataclasses.replace(influence, inverse=doubled).influences(TRAIN, TRAIN)
+
+
+def test_factors_are_known_by_their_structure():
+    """Parameters may be OrderedDicts themselves, and factors by block plain dicts."""
+    expected = ij.Influence(OBJECTIVE, PARAMS, ij.Identity(PARAMS)).influences(TRAIN, TRAIN)
+    for container in (OrderedDict, dict):
+        params = container({name: container(layer) for name, layer in PARAMS.items()})
+        influence = ij.Influence(OBJECTIVE, params, ij.Identity(params))
+        factors = influence.influence_factors(TRAIN)
+        assert relative_error(influence.influences_from_factors(factors, TRAIN), expected) < 1e-12
+        by_block = dict(influence.influence_factors_by_block(TRAIN, blocks=ij.by_layer))
+        assert relative_error(influence.influences_from_factors(by_block, TRAIN), expected) < 1e-12
+
+
+def test_a_changed_recipe_is_not_fitted():
+    fitted = ij.InfluenceFunctionModel(OBJECTIVE, PARAMS, solver=ij.Direct(0.1)).fit(TRAIN)
+    changed = dataclasses.replace(fitted, solver=ij.Direct(10.0))
+    assert fitted.is_fitted
+    assert not changed.is_fitted
+    assert relative_error(changed.fit(TRAIN).influences(TRAIN), fitted.influences(TRAIN)) > 0.1
+    inside = jax.jit(lambda data: dataclasses.replace(fitted).fit(data).influences(data))(TRAIN)
+    assert relative_error(inside, fitted.influences(TRAIN)) < 1e-9

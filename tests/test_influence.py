@@ -188,21 +188,6 @@ class TestUnconverged:
         jax.jit(lambda influence: influence.influences(QUERY, TRAIN))(influence)
 
 
-def test_models_without_forward_mode():
-    """`custom_vjp` has no forward mode; scores then go by per-example gradients."""
-
-    @jax.custom_vjp
-    def double(x):
-        return 2.0 * x
-
-    double.defvjp(lambda x: (2.0 * x, None), lambda _, g: (2.0 * g,))
-    objective = ij.Objective(lambda p, z: double(helpers.mlp(p, z)), helpers.cross_entropy)
-    plain = ij.Objective(lambda p, z: 2.0 * helpers.mlp(p, z), helpers.cross_entropy)
-    inverse = ij.Identity(PARAMS)
-    scores = ij.Influence(objective, PARAMS, inverse).influences(QUERY, TRAIN)
-    assert relative_error(scores, ij.Influence(plain, PARAMS, inverse).influences(QUERY, TRAIN)) < 1e-12
-
-
 def test_constants_closed_over_under_jit():
     """Weights and indices that are concrete inside a traced function are checked, not traced."""
     weights, v = jnp.linspace(0.5, 1.5, 17), PARAMS

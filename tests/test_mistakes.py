@@ -27,6 +27,11 @@ def tokens():
     return ij.Influence(objective, params, ij.Identity(params)).influences(batch, batch, "perturbation")
 
 
+def fisher(sample):
+    objective = ij.Objective(helpers.mlp, helpers.cross_entropy, sample=sample)
+    return ij.Fisher(objective, PARAMS, BATCH, key=jax.random.key(0)).mv(PARAMS)
+
+
 def whole_batch_loss(params, batch):
     return jnp.stack([OBJECTIVE(params, batch), OBJECTIVE(params, batch)])
 
@@ -239,6 +244,96 @@ MISTAKES = [
         lambda: ij.Objective(helpers.mlp, helpers.cross_entropy, constants={"a": "x"}),
         TypeError,
         ["constants", "'a'", "'x'"],
+    ),
+    ("max_steps as rtol", lambda: ij.CG(0.1, rtol=100), ValueError, ["rtol", "100", "below 1"]),
+    (
+        "several keys",
+        lambda: ij.invert(GGN, ij.CG(0.1), key=jax.random.split(jax.random.key(0))),
+        ValueError,
+        ["key", "[2]", "one random key"],
+    ),
+    (
+        "sample of labels",
+        lambda: fisher(lambda key, out: jnp.argmax(out)),
+        ValueError,
+        ["sample", "()", "(3,)", "softmax_sample"],
+    ),
+    (
+        "sample of integers",
+        lambda: fisher(lambda key, out: jnp.argsort(out)),
+        TypeError,
+        ["sample", "int64", "softmax_sample"],
+    ),
+    (
+        "recipe without a key",
+        lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS, curvature=ij.Fisher).fit(BATCH, key=jax.random.key(0)),
+        ValueError,
+        ["key", "partial(Fisher"],
+    ),
+    (
+        "recipe's solver",
+        lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS, solver="cg"),
+        TypeError,
+        ["solver", "'cg'", "CG"],
+    ),
+    (
+        "list of batches",
+        lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS).fit([BATCH, BATCH]),
+        ValueError,
+        ["data", "one example", "AttributeError"],
+    ),
+    (
+        "complex weights",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, BATCH, weights=np.ones(9) * 1j),
+        TypeError,
+        ["weights", "complex", "real"],
+    ),
+    ("block of a number", lambda: ij.Blockwise(ij.CG(0.1), {"a": 3}), TypeError, ["blocks", "'a': 3", "list"]),
+    (
+        "block of nothing",
+        lambda: ij.Blockwise(ij.CG(0.1), {"a": [], "b": ["layer0"]}),
+        TypeError,
+        ["blocks", "'a': []"],
+    ),
+    (
+        "empty block",
+        lambda: ij.invert(ij.Diagonal({"a": jnp.ones(2), "e": jnp.ones(0)}), ij.Blockwise(ij.Direct(0.1))),
+        ValueError,
+        ["block 'e'", "no entries"],
+    ),
+    (
+        "structured array",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, np.zeros(3, [("a", "f4")])),
+        TypeError,
+        ["data", "'a'", "numbers"],
+    ),
+    (
+        "perturbing a bare array",
+        lambda: ij.mixed_grads(lambda p, z: p["w"] @ z, {"w": jnp.ones(2)}, jnp.ones((3, 2))),
+        ValueError,
+        ["wrt", "'x'", "{'x': batch}"],
+    ),
+    (
+        "relative damping in a preconditioner",
+        lambda: ij.invert(
+            ij.Diagonal({"a": -jnp.ones(2)}), ij.CG(3.0, preconditioner=ij.Direct(ij.RelativeDamping(0.1)))
+        ),
+        ValueError,
+        ["damping", "mean eigenvalue", "absolute"],
+    ),
+    (
+        "relative damping in a block",
+        lambda: ij.invert(
+            ij.Diagonal({"a": -jnp.ones(2), "b": jnp.ones(1)}), ij.Blockwise(ij.Direct(ij.RelativeDamping(0.1)))
+        ),
+        ValueError,
+        ["damping", "block 'a'", "absolute"],
+    ),
+    (
+        "Cholesky at another damping in a block",
+        lambda: ij.invert(GGN, ij.Blockwise(ij.Direct(0.1))).with_damping(0.2),
+        ValueError,
+        ["damping", "Eigh", "block 'layer0'"],
     ),
     ("number as a key", lambda: ij.invert(GGN, ij.CG(0.1), key=0), TypeError, ["key", "0", "jax.random.key"]),
     (

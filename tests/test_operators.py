@@ -1,6 +1,7 @@
 """Laws of the operators: linear, self-adjoint, equal to an independent dense matrix, indifferent to how data is cut."""
 
 import dataclasses
+from functools import partial
 
 import helpers
 import jax
@@ -445,6 +446,69 @@ class TestFisher:
         assert root.apply(v).shape == (COUNT, samples)
         assert tree_error(root.transpose(root.weights[:, None] * root.apply(v)), op.mv(v)) < 1e-12
 
+    @pytest.mark.parametrize("scale", [1.0, 3.0, 6.0, 12.0])
+    def test_confident_predictions(self, float32, scale):
+        """Their output Hessians are rounding all over, which is no reason to call the loss non-convex."""
+        key = jax.random.key(1)
+        objective = ij.Objective(lambda p, z: z.x @ p["w"], helpers.cross_entropy)
+        params = {"w": scale * jax.random.normal(key, (5, 3), jnp.float32)}
+        data = ij.Batch(jax.random.normal(key, (200, 5), jnp.float32), jnp.zeros(200, jnp.int32))
+        ggn, root = ij.GGN(objective, params, data), ij.root(ij.GGN(objective, params, data))
+        v = {"w": jax.random.normal(key, (5, 3), jnp.float32)}
+        rebuilt = root.transpose(root.weights[:, None] * root.apply(v))
+        assert relative_error(rebuilt["w"], ggn.mv(v)["w"]) < 1e-4
+        fisher = ij.Fisher(objective, params, data, key=key, samples=400)
+        assert relative_error(ij.trace(fisher), ij.trace(ggn)) < 0.05
+
+    def test_many_classes_keep_their_curvature(self, float32):
+        """Rare classes have little curvature, not none."""
+        classes, key = 400, jax.random.key(0)
+        objective = ij.Objective(lambda p, z: p["b"], helpers.cross_entropy)
+        params = {"b": 3.0 * jax.random.normal(key, (classes,), jnp.float32)}
+        data = ij.Batch(jnp.zeros((1, 1), jnp.float32), jnp.zeros(1, jnp.int32))
+        fisher = ij.Fisher(objective, params, data, key=key, samples=2000)
+        exact = ij.diagonal(ij.GGN(objective, params, data))["b"]
+        ratio = np.asarray(ij.diagonal(fisher)["b"] / exact)[exact > 1e-5 * jnp.max(exact)]
+        assert len(ratio) > 200
+        assert np.max(np.abs(ratio - 1)) < 0.3
+
+    def test_not_convex_is_not_a_number(self):
+        objective = ij.Objective(lambda p, z: z.x @ p["w"], lambda out, z: -jnp.sum(out**2))
+        data = ij.Batch(jnp.ones((2, 5)), jnp.ones(2))
+        assert jnp.isnan(
+            ij.Fisher(objective, {"w": jnp.ones((5, 3))}, data, key=jax.random.key(0)).mv({"w": jnp.ones((5, 3))})["w"]
+        ).all()
+
+    @pytest.mark.parametrize("sample", [None, ij.softmax_sample])
+    def test_derivative_in_the_parameters(self, sample):
+        """Labels are drawn at the parameters, so they move with them; finite differences at the same key."""
+        objective, params, data = problem("classification")
+        objective = dataclasses.replace(objective, sample=sample)
+        v, step = helpers.random_like(jax.random.key(5), params), helpers.random_like(jax.random.key(6), params)
+
+        @jax.jit
+        def quadratic(t):
+            moved = jax.tree.map(lambda p, s: p + t * s, params, step)
+            fisher = ij.Fisher(objective, moved, data, key=jax.random.key(0), samples=2)
+            return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(fisher.mv(v)), strict=True))
+
+        difference = (quadratic(1e-5) - quadratic(-1e-5)) / 2e-5
+        assert relative_error(jax.grad(quadratic)(0.0), difference) < 1e-7
+
+    def test_replacing_the_key_draws_again(self):
+        fisher = self.fisher(2)
+        again = dataclasses.replace(fisher, key=jax.random.key(1))
+        assert relative_error(ij.to_dense(again), ij.to_dense(self.fisher(2, seed=1))) < 1e-12
+        assert relative_error(ij.to_dense(again), ij.to_dense(fisher)) > 1e-2
+
+    def test_output_in_a_container(self):
+        objective, params, data = problem("classification")
+        inside = ij.Objective(
+            lambda p, z: {"logits": objective.predict(p, z)}, lambda out, z: objective.loss(out["logits"], z)
+        )
+        fisher = ij.Fisher(inside, params, data, key=jax.random.key(0))
+        assert relative_error(ij.to_dense(fisher), ij.to_dense(self.fisher())) < 1e-12
+
     def test_sequences_take_a_sample_function(self):
         """Outputs (T, V): a label per position, whose covariance is that of the softmax."""
         predict = lambda p, z: jnp.stack([z.x, 2.0 * z.x]) @ p["w"]
@@ -524,3 +588,53 @@ def test_memory_of_a_chunked_product_is_flat_in_the_data():
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     # What may grow is 12 bytes an example: its weight and its index.
     assert max(temporary[1:]) < temporary[0] + 12 * 8192
+
+
+def test_roots_compile_once(compilations):
+    objective, params, data = problem("classification")
+    root, v = ij.root(ij.GGN(objective, params, data, chunk=4)), helpers.random_like(jax.random.key(0), params)
+    root.transpose(root.apply(v))
+    other = jax.tree.map(lambda x: x[::-1], data)
+    with compilations() as names:
+        root = ij.root(ij.GGN(objective, params, other, chunk=4))
+        root.transpose(root.apply(v))
+    assert names == []
+
+
+def test_block_of_a_bfloat16_model_is_computed_as_the_whole_is():
+    objective, params, data = problem("classification")
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    op = ij.GGN(objective, params, ij.Batch(data.x.astype(jnp.bfloat16), data.y))
+    places = ij.unflatten(jnp.arange(39.0), params)["layer1"]["kernel"].astype(int).ravel()
+    with jax.numpy_dtype_promotion("standard"):
+        block, whole = ij.to_dense(ij.restrict(op, ("layer1/kernel",))), ij.to_dense(op)
+    assert relative_error(block, whole[places][:, places]) < 1e-6
+
+
+def test_models_without_forward_mode():
+    """`jax.custom_vjp` gives a function derivatives in reverse only; products then transpose them."""
+
+    @jax.custom_vjp
+    def relu(x):
+        return jnp.maximum(x, 0)
+
+    relu.defvjp(lambda x: (relu(x), x > 0), lambda positive, g: (jnp.where(positive, g, 0),))
+    data = problem("classification")[2]
+    params = {"w": jax.random.normal(jax.random.key(0), (5, 3)), "head": jax.random.normal(jax.random.key(1), (3, 3))}
+    v = helpers.random_like(jax.random.key(2), params)
+    custom, plain = (
+        ij.Objective(lambda p, z, f=f: f(z.x @ p["w"]) @ p["head"], helpers.cross_entropy) for f in (relu, jax.nn.relu)
+    )
+    for kind in (ij.GGN, ij.EmpiricalFisher, ij.Hessian, partial(ij.Fisher, key=jax.random.key(0))):
+        expected = kind(plain, params, data)
+        assert tree_error(kind(custom, params, data).mv(v), expected.mv(v)) < 1e-12
+    solver = ij.CG(0.1, rtol=1e-12)
+    scores, expected = (
+        ij.Influence(f, params, ij.invert(ij.GGN(f, params, data), solver)).influences(data, data)
+        for f in (custom, plain)
+    )
+    assert relative_error(scores, expected) < 1e-9
+    assert (
+        relative_error(ij.root(ij.GGN(custom, params, data)).apply(v), ij.root(ij.GGN(plain, params, data)).apply(v))
+        < 1e-12
+    )

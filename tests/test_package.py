@@ -25,7 +25,7 @@ LAYERS = [
     ["adapters", "gradients", "scoring"],
     ["curvature.operator", "curvature.capabilities", "curvature.structured"],
     ["curvature.outputs", "curvature.exact", "curvature.fisher", "curvature.per_example", "curvature"],
-    ["solvers.base", "solvers.direct", "solvers.cg", "solvers.blockwise", "solvers"],
+    ["solvers.info", "solvers.damping", "solvers.base", "solvers.direct", "solvers.cg", "solvers.blockwise", "solvers"],
     ["influence"],
     ["model"],
     [""],

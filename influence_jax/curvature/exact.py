@@ -20,7 +20,7 @@ from .. import blocks, tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
 from ..batching import as_batch, check_chunk, map_over, rhs_chunk_or_default, sum_over, take
-from ..gradients import matching
+from ..gradients import directional, matching
 from ..objective import LossOnly, Objective, as_objective, on_block
 from .capabilities import minibatch, restrict, sums, wide_dtype
 from .operator import LinearOperator
@@ -109,7 +109,7 @@ class Hessian(OverData):
     """
 
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
-        return jax.jvp(jax.grad(partial(_weighted_loss, self, batch, weights)), (params,), (v,))[1]
+        return directional(jax.grad(partial(_weighted_loss, self, batch, weights)), params, v)[1]
 
 
 @dataclass
@@ -156,7 +156,7 @@ class GGN(OverData):
         def cost(out: PyTree) -> Array:
             return _weighted_sum(jax.vmap(self.split.cost)(out, batch), weights)
 
-        out, tangent = jax.jvp(outputs, (params,), (v,))
+        out, tangent = directional(outputs, params, v)
         return jax.vjp(outputs, params)[1](jax.jvp(jax.grad(cost), (out,), (tangent,))[1])[0]
 
 
@@ -194,11 +194,13 @@ class EmpiricalFisher(OverData):
         def losses(p: PyTree) -> Array:
             return jax.vmap(partial(self.loss, p))(batch)
 
-        values, tangent = jax.jvp(losses, (params,), (v,))
+        values, tangent = directional(losses, params, v)
         return jax.vjp(losses, params)[1](tangent * weights.astype(values.dtype))[0]
 
 
 def _as_weights(weights: Array, op: OverData) -> Array:
+    if jnp.issubdtype(jnp.result_type(weights), jnp.complexfloating):
+        raise TypeError(f"weights: got {jnp.result_type(weights)}, expected real numbers")
     if jnp.shape(weights) != (op.count,):
         raise ValueError(f"weights: got shape {jnp.shape(weights)}, expected ({op.count},), one per example of data")
     if not isinstance(weights, jax.core.Tracer):

@@ -3,6 +3,7 @@ r"""The Fisher matrix with labels drawn from the model, never from the data."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from .. import tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
-from ..batching import batch_size, check_positive
+from ..batching import batch_size, check_key, check_positive
+from ..gradients import directional
 from ..objective import as_objective
 from .exact import OverData
 from .outputs import flat_output, floating_output, output_hessian, require_split, square_root
@@ -64,13 +66,10 @@ class Fisher(OverData):
 
     def __post_init__(self) -> None:
         check_positive(self.samples, "samples")
-        if not isinstance(self.data, Keyed):
-            if not isinstance(self.key, jax.Array):
-                raise ValueError(
-                    f"key: Fisher draws labels and needs a random key, got {self.key!r}; pass key=jax.random.key(0)"
-                )
-            keys = jax.random.split(self.key, batch_size(self.data, "data"))
-            set_field(self, "data", Keyed(self.data, keys))
+        if self.key is not None or not isinstance(self.data, Keyed):
+            key = check_key(self.key, "Fisher draws labels; in a recipe write functools.partial(Fisher, key=...)")
+            examples = self.data.example if isinstance(self.data, Keyed) else self.data
+            set_field(self, "data", Keyed(examples, jax.random.split(key, batch_size(examples, "data"))))
         set_field(self, "key", None)
         OverData.__post_init__(self)
         require_split(as_objective(self.objective), "Fisher")
@@ -79,19 +78,28 @@ class Fisher(OverData):
     def psd(self) -> bool:
         return True
 
-    def rows(self, params: PyTree, example: Keyed) -> Array:
-        r"""$u_{is}^\top \mathrm{predict}(\theta) / \sqrt S$, `(S,)`: their gradients are the rows of the factor."""
-        cotangents = jax.lax.stop_gradient(self._cotangents(params, example))
+    def rows(self, at: PyTree, example: Keyed) -> Callable[[PyTree], Array]:
+        r"""$\theta \mapsto u_{is}^\top \mathrm{predict}(\theta) / \sqrt S$, `(S,)`, labels drawn at parameters `at`.
+
+        Its gradients are the rows of the factor.
+        """
+        cotangents = self._cotangents(at, example)
+        return lambda params: self._project(cotangents, params, example)
+
+    def _project(self, cotangents: Array, params: PyTree, example: Keyed) -> Array:
         return jnp.matmul(cotangents, flat_output(self.split, params, example.example), precision=tree.HIGHEST)
 
     def _cotangents(self, params: PyTree, example: Keyed) -> Array:
+        r"""$u_{is} / \sqrt S$, `(S, C)`."""
         sample, scale = self.split.sample, self.samples**-0.5
         out = floating_output(self.split, params, example.example)
         if sample is not None:
-            keys = jax.random.split(example.key, self.samples)
-            drawn = jax.vmap(lambda key: sample(key, out))(keys)
+            drawn = jax.vmap(lambda key: _checked_sample(sample(key, out), out))(
+                jax.random.split(example.key, self.samples)
+            )
             return scale * tree.flatten(tree.promote(drawn), out)
-        if len(jax.tree.leaves(out)) > 1 or out.ndim > 1 or tree.size(out) > MAX_OUTPUTS:
+        axes = [leaf.ndim for leaf in jax.tree.leaves(out)]
+        if len(axes) > 1 or axes[0] > 1 or tree.size(out) > MAX_OUTPUTS:
             raise ValueError(
                 f"objective: its output {jax.tree.map(jnp.shape, out)} is not one vector of at most {MAX_OUTPUTS} "
                 "entries; give Objective a sample function, e.g. sample=influence_jax.softmax_sample"
@@ -101,8 +109,21 @@ class Fisher(OverData):
         return scale * jnp.matmul(signs, half.T, precision=tree.HIGHEST)
 
     def sum_product(self, params: PyTree, batch: Keyed, weights: Array, v: PyTree) -> PyTree:
-        def rows(p: PyTree) -> Array:
-            return jax.vmap(self.rows, (None, 0))(p, batch)
+        cotangents = jax.vmap(self._cotangents, (None, 0))(params, batch)
 
-        values, tangent = jax.jvp(rows, (params,), (v,))
+        def rows(p: PyTree) -> Array:
+            return jax.vmap(self._project, (0, None, 0))(cotangents, p, batch)
+
+        values, tangent = directional(rows, params, v)
         return jax.vjp(rows, params)[1](tangent * weights.astype(values.dtype)[:, None])[0]
+
+
+def _checked_sample(drawn: PyTree, out: PyTree) -> PyTree:
+    try:
+        tree.check_vector(drawn, out, "sample")
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{error}; sample(key, output) has to return the gradient of the loss in the output at a drawn label, "
+            "shaped like the output, e.g. influence_jax.softmax_sample"
+        ) from None
+    return drawn

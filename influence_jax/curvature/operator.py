@@ -14,7 +14,6 @@ from .._typing import Array, LossFunction, PyTree
 from ..batching import map_over, rhs_chunk_or_default
 from ..gradients import mixed_product, per_example_grads
 from ..objective import Objective
-from ..scoring import count
 
 
 @dataclass
@@ -52,11 +51,11 @@ class BilinearForm:
         tree.check_vector(right, space, "right", lead=lead)
         rows = jax.tree.map(lambda x, s: x.reshape((-1, *s.shape)), right, space)
         left, rows = tree.promote(left), tree.promote(rows)
-        if count(left) <= count(rows):
+        if tree.count(left) <= tree.count(rows):
             products = tree.gram(self.op.mm(left), rows)
         else:
             products = tree.gram(left, self.op.mm(rows))
-        return products.reshape((count(left), *lead))
+        return products.reshape((tree.count(left), *lead))
 
     def grads_inner_prod(
         self,

@@ -53,14 +53,34 @@ def output_hessian(objective: Objective, params: PyTree, example: PyTree) -> Arr
     return jax.hessian(cost)(flat_output(objective, params, example))
 
 
+@jax.custom_jvp
 def square_root(matrix: Array) -> Array:
-    """The symmetric L with L L = matrix; NaN if the matrix has a negative eigenvalue beyond rounding.
+    """The symmetric L with L L = matrix, for the Hessian of a loss in its output; NaN if that is not convex.
 
     Symmetric, because it is the only square root that does not depend on the signs and rotations of eigenvectors, which
     differ from one compiled program to the next.  Eigenvalues at rounding level are zero: their roots are not small.
     """
+    return _square_root(matrix)[0]
+
+
+def _square_root(matrix: Array) -> tuple[Array, Array, Array]:
+    """The square root, and its eigenvalues and eigenvectors."""
     values, vectors = jnp.linalg.eigh(matrix)
-    rounding = 10 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
+    epsilon, largest = jnp.finfo(matrix.dtype).eps, jnp.max(jnp.abs(values))
+    rounding = 2 * epsilon * largest
     roots = jnp.where(values > rounding, jnp.sqrt(jnp.maximum(values, rounding)), 0.0).astype(matrix.dtype)
-    roots = jnp.where(values < -rounding, jnp.nan, roots)
-    return jnp.matmul(vectors * roots[None], vectors.T, precision=tree.HIGHEST)
+    # Terms of order one cancel in the Hessian of a confident prediction (softmax has p - p²), so that all of it can
+    # drown in their rounding: what is negative beyond that, and beyond rounding of the rest, is not convex.
+    floor = 10 * matrix.shape[0] * epsilon + epsilon**0.5 * largest
+    roots = jnp.where(values < -floor, jnp.nan, roots)
+    return jnp.matmul(vectors * roots[None], vectors.T, precision=tree.HIGHEST), roots, vectors
+
+
+@square_root.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """L dL + dL L = d(matrix), solved in the eigenbasis; unlike the derivative of eigh it stands repeated values."""
+    half, roots, vectors = _square_root(*primals)
+    inner = jnp.matmul(jnp.matmul(vectors.T, tangents[0], precision=tree.HIGHEST), vectors, precision=tree.HIGHEST)
+    sums = roots[:, None] + roots[None]
+    inner = jnp.where(sums > 0, inner / jnp.where(sums > 0, sums, 1), 0).astype(half.dtype)
+    return half, jnp.matmul(jnp.matmul(vectors, inner, precision=tree.HIGHEST), vectors.T, precision=tree.HIGHEST)

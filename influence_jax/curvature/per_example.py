@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from .. import tree
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, map_over, sum_over
+from ..gradients import directional
 from .capabilities import (
     Root,
     dense_by_products,
@@ -50,8 +51,7 @@ def _factors(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyT
     if isinstance(op, GGN):
         jacobian = _jacobian(lambda p: flat_output(op.split, p, example), params)
         return jacobian, tree.combine(output_hessian(op.split, params, example), jacobian)
-    rows = op.rows if isinstance(op, Fisher) else lambda p, z: op.loss(p, z)[None]
-    jacobian = _jacobian(lambda p: rows(p, example), params)
+    jacobian = _jacobian(_root_rows(op, params, example), params)
     return jacobian, jacobian
 
 
@@ -115,48 +115,43 @@ def _(op: OverData, *, key: Key | None = None) -> Array:
     return trace_by_products(op, key)
 
 
-@root.register
-def _(op: EmpiricalFisher) -> Root:
-    def row(params: PyTree, example: PyTree) -> Array:
-        return op.loss(params, example)[None]
-
-    return _root(op, row)
-
-
-@root.register
-def _(op: GGN) -> Root:
-    fixed = tree.promote(op.params)
-
-    def rows(params: PyTree, example: PyTree) -> Array:
-        half = square_root(output_hessian(op.split, fixed, example))
-        return jnp.matmul(half.T, flat_output(op.split, params, example), precision=tree.HIGHEST)
-
-    return _root(op, rows)
+@root.register(EmpiricalFisher)
+@root.register(GGN)
+@root.register(Fisher)
+def _(op: OverData) -> Root:
+    weights = jnp.ones(op.count, wide_dtype(op.params)) if op.weights is None else op.weights
+    weights = weights / (jnp.sum(weights) if op.total is None else op.total)
+    return Root(partial(_root_apply, op), partial(_root_transpose, op), weights)
 
 
-@root.register
-def _(op: Fisher) -> Root:
-    return _root(op, op.rows)
+def _root_rows(op: OverData, params: PyTree, example: PyTree) -> Callable[[PyTree], Array]:
+    """The function whose derivative at `params` is $R_i$, `(C,)`."""
+    if isinstance(op, Fisher):
+        return op.rows(params, example)
+    if isinstance(op, EmpiricalFisher):
+        return lambda p: op.loss(p, example)[None]
+    half = square_root(output_hessian(op.split, params, example))
+    return lambda p: jnp.matmul(half.T, flat_output(op.split, p, example), precision=tree.HIGHEST)
 
 
-def _root(op: OverData, rows: Callable[[PyTree, PyTree], Array]) -> Root:
-    """The root whose factor at example z is the derivative of `rows(params, z)` `(C,)` in the parameters."""
+@jax.jit
+def _root_apply(op: OverData, v: PyTree) -> Array:
+    params = tree.promote(op.params)
+    vector = tree.cast_like(v, params)
+    return map_over(lambda z: directional(_root_rows(op, params, z), params, vector)[1], op.data, chunk=op.chunk)
+
+
+@jax.jit
+def _root_transpose(op: OverData, u: Array) -> PyTree:
     params = tree.promote(op.params)
 
-    def apply(v: PyTree) -> Array:
-        vector = tree.cast_like(v, params)
-        return map_over(lambda z: jax.jvp(lambda p: rows(p, z), (params,), (vector,))[1], op.data, chunk=op.chunk)
+    def chunk_sum(part: tuple[PyTree, Array], mask: Array) -> PyTree:
+        batch, coefficients = part
 
-    def transpose(u: Array) -> PyTree:
-        def chunk_sum(part: tuple[PyTree, Array], mask: Array) -> PyTree:
-            batch, coefficients = part
+        def total(p: PyTree) -> Array:
+            rows = jax.vmap(lambda z: _root_rows(op, params, z)(p))(batch)
+            return jnp.sum(rows * (mask[:, None] * coefficients).astype(rows.dtype))
 
-            def total(p: PyTree) -> Array:
-                return jnp.sum(jax.vmap(partial(rows, p))(batch) * (mask[:, None] * coefficients))
+        return jax.grad(total)(params)
 
-            return jax.grad(total)(params)
-
-        return sum_over(chunk_sum, (op.data, u), chunk=op.chunk, dtype=u.dtype)[0]
-
-    weights = jnp.ones(op.count, wide_dtype(op.params)) if op.weights is None else op.weights
-    return Root(apply, transpose, weights / (jnp.sum(weights) if op.total is None else op.total))
+    return sum_over(chunk_sum, (op.data, u), chunk=op.chunk, dtype=u.dtype)[0]

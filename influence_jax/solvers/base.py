@@ -1,65 +1,24 @@
-r"""What a solver is, what it reports, and the inverse it makes of an operator."""
+r"""What a solver is, and the inverse it makes of an operator."""
 
 from __future__ import annotations
 
-import dataclasses
-import numbers
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
+from ..batching import check_key
 from ..blocks import Block, select
-from ..curvature import LinearOperator, trace
-from ..curvature.capabilities import wide_dtype
-
-
-class Info(NamedTuple):
-    """How a solve went; leaves are scalars, or `(K,)` for stacked right-hand sides.
-
-    Attributes:
-      steps: Iterations spent, 0 for closed forms; int32.
-      residual: `||b - A x|| / ||b||` of the damped operator A, NaN where no extra product was spent on it.
-      converged: Whether the answer can be relied on.
-      min_curvature: Smallest `vᵀAv / vᵀv` met on the damped operator; negative means indefinite.
-    """
-
-    steps: Array
-    residual: Array
-    converged: Array
-    min_curvature: Array
-
-
-class ConvergenceWarning(UserWarning):
-    """Some solves did not converge, and what was computed from them cannot be relied on."""
-
-
-def warn_unconverged(info: Info | None, inverse: LinearOperator) -> None:
-    """Warn, on the host, about solves that did not converge; silent under tracing."""
-    if info is None or isinstance(info.converged, jax.core.Tracer) or bool(np.all(info.converged)):
-        return
-    failed = ~np.asarray(info.converged)
-    residuals = np.asarray(info.residual)[failed]
-    residual = f"worst relative residual {np.max(residuals):.1e}, " if np.all(np.isfinite(residuals)) else ""
-    lowest = float(np.fmin.reduce(np.asarray(info.min_curvature)[failed], axis=None))
-    if lowest < 0:
-        advice = "the operator is indefinite; use GGN, more damping, or Eigh, which is exact"
-    else:
-        advice = "raise the damping, the tolerance or max_steps, or compute in 64-bit mode"
-    warnings.warn(
-        f"{inverse!r}: {failed.sum()} of {failed.size} solves did not converge ({residual}smallest curvature "
-        f"{lowest:.1e}), so their scores cannot be relied on: {advice}; inverse.solve_many reports each",
-        ConvergenceWarning,
-        stacklevel=3,
-    )
+from ..curvature import LinearOperator
+from ..curvature.operator import Scaled, Sum
+from .damping import RelativeDamping, check_damping, check_resolved, damped_product
+from .info import Info, worst
 
 
 @runtime_checkable
@@ -85,7 +44,8 @@ class Solver(Protocol):
 
     def apply(self, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
         """Solve for one vector, the K = 1 case of `apply_many`."""
-        return tree.only(self.apply_many(state, tree.stack_of_one(v)))
+        X, info = self.apply_many(state, tree.stack_of_one(v))
+        return tree.only(X), jax.tree.map(lambda leaf: jnp.reshape(leaf, ()), info)
 
     def with_damping(self, state: PyTree, damping: Any, *, key: Key | None = None) -> tuple[Solver, PyTree]:
         """The solver and its state at another damping, where that needs no new fit.
@@ -98,80 +58,6 @@ class Solver(Protocol):
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
         """The inverses of the diagonal blocks that the solver treats apart; one block `""` unless it says otherwise."""
         return OrderedDict({"": inverse})
-
-
-@dataclass
-class RelativeDamping:
-    """Damping as a multiple of the operator's mean eigenvalue, `factor * trace / size`.
-
-    Args:
-      factor: Non-negative number; 0.1 is common for Kronecker-factored curvature.
-
-    Raises:
-      TypeError, ValueError: If it is not a non-negative number.
-
-    Example:
-      >>> import influence_jax as ij
-      >>> inverse = ij.invert(3.0 * ij.Identity({"w": jnp.ones(2)}), ij.Direct(ij.RelativeDamping(0.5)))
-      >>> float(inverse.state.damping)
-      1.5
-
-    Reference: Grosse et al. 2023, arXiv:2308.03296, section 3.2.
-    """
-
-    factor: float | Array
-
-    def __post_init__(self) -> None:
-        check_number(self.factor, "factor")
-
-    def __repr__(self) -> str:
-        return f"RelativeDamping({self.factor})"
-
-
-def check_number(value: Any, name: str) -> None:
-    """Raise unless `value` is a finite non-negative scalar; traced values pass unseen."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real | np.ndarray | jax.Array)
-        or getattr(value, "shape", ()) != ()
-    ):
-        raise TypeError(f"{name}: got {value!r}, expected a non-negative number")
-    if not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{name}: got {float(value)}, expected a finite non-negative number")
-
-
-def check_damping(damping: Any) -> None:
-    """Raise unless `damping` is a non-negative number or a `RelativeDamping`."""
-    if isinstance(damping, RelativeDamping):
-        return
-    try:
-        check_number(damping, "damping")
-    except TypeError:
-        raise TypeError(
-            f"damping: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor)"
-        ) from None
-
-
-def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> Array:
-    """The absolute damping, an array in the dtype the solver computes in."""
-    dtype = wide_dtype(op.space)
-    if not isinstance(damping, RelativeDamping):
-        return jnp.asarray(damping, dtype)
-    mean = (trace(op, key=key) / op.size).astype(dtype)
-    # Under tracing nothing can raise: NaN turns into `converged=False`, and `invert` raises for it on the host.
-    return jnp.where(mean > 0, jnp.asarray(damping.factor, dtype) * mean, jnp.nan)
-
-
-def redamp(solver: Any, state: Any, damping: Any, key: Key | None) -> tuple[Any, Any]:
-    """`with_damping` of a solver whose state is an operator, a damping, and what does not depend on it."""
-    return dataclasses.replace(solver, damping=damping), state._replace(damping=resolve_damping(damping, state.op, key))
-
-
-def damped_product(op: LinearOperator, damping: Array, X: PyTree) -> PyTree:
-    """`(A + damping I) X` for a stack."""
-    return jax.tree.map(lambda ax, x: ax + damping.astype(x.dtype) * x, op.mm(X), X)
 
 
 def implicit_solve(
@@ -238,7 +124,7 @@ class Inverse(LinearOperator):
         """
         check_damping(damping)
         solver, state = self.solver.with_damping(self.state, damping, key=key)
-        _check_resolved(solver, state, self.op)
+        check_resolved(solver, state, self.op)
         return Inverse(self.op, solver, state)
 
     @property
@@ -260,9 +146,10 @@ class Inverse(LinearOperator):
         """
         tree.check_vector(v, self.space, "v")
         solved = OrderedDict()
+        leaves = self.blocks
         for block, part in self.by_block.items():
-            x, info = part.solve(v if part is self else select(v, self.blocks[block]))
-            solved[block] = (select(x, self.blocks[block]), info)
+            x, info = part.solve(v if part is self else select(v, leaves[block]))
+            solved[block] = (select(x, leaves[block]), info)
         return solved
 
     @property
@@ -280,6 +167,15 @@ class Inverse(LinearOperator):
 
     def __repr__(self) -> str:
         return f"Inverse({self.op!r}, {self.solver!r})"
+
+
+def check_solver(solver: object) -> None:
+    """Raise unless it is a solver, and not its class."""
+    if not isinstance(solver, Solver) or isinstance(solver, type):
+        raise TypeError(
+            f"solver: got {solver!r}, expected a solver such as influence_jax.CG(damping=1e-3); your own subclasses "
+            "influence_jax.Solver"
+        )
 
 
 def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inverse:
@@ -307,30 +203,29 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
         raise TypeError(
             f"op: got a {type(op).__name__}, expected a LinearOperator such as GGN(objective, params, data)"
         )
-    if not isinstance(solver, Solver) or isinstance(solver, type):
-        raise TypeError(
-            f"solver: got {solver!r}, expected a solver such as influence_jax.CG(damping=1e-3); your own subclasses "
-            "influence_jax.Solver"
-        )
-    if key is not None and not isinstance(key, jax.Array):
-        raise TypeError(f"key: got {key!r}, expected a random key; use jax.random.key(0)")
+    check_solver(solver)
+    if key is not None:
+        check_key(key, "solvers and dampings may draw random numbers")
     state = _init(solver, op, key)
-    _check_resolved(solver, state, op)
+    check_resolved(solver, state, op)
     return Inverse(op, solver, state)
 
 
-def _check_resolved(solver: Solver, state: PyTree, op: LinearOperator) -> None:
-    """Raise, on the host, if a `RelativeDamping` met a mean eigenvalue that is not positive."""
-    is_relative = lambda x: isinstance(x, RelativeDamping)
-    if not any(map(is_relative, jax.tree.leaves(solver, is_leaf=is_relative))):
-        return
-    is_state = lambda x: hasattr(x, "op") and hasattr(x, "damping")
-    for damping in (part.damping for part in jax.tree.leaves(state, is_leaf=is_state) if is_state(part)):
-        if not isinstance(damping, jax.core.Tracer) and not np.isfinite(damping):
-            raise ValueError(
-                f"damping: {solver!r} on {op!r} asks for a multiple of the mean eigenvalue, which is not positive; "
-                "give an absolute damping"
-            )
+def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]:
+    """The product of an operator with a stack, and how the solves within it went, if there are any.
+
+    Of several inverses in a sum, the Info is the worst of each.
+    """
+    if isinstance(op, Inverse):
+        return op.solve_many(V)
+    if isinstance(op, Scaled):
+        X, info = solve_with_info(op.op, V)
+        return tree.scale(op.factor, X), info
+    if isinstance(op, Sum):
+        parts = [solve_with_info(term, V) for term in op.terms]
+        X = jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), *(x for x, _ in parts))
+        return X, worst([info for _, info in parts if info is not None])
+    return op.mm(V), None
 
 
 @jax.jit

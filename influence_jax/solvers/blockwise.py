@@ -3,7 +3,7 @@ r"""One solver per block of parameters."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from ..blocks import as_blocks, by_layer, join, partition, select
 from ..curvature import LinearOperator, restrict
-from .base import Info, Inverse, Solver
+from .base import Inverse, Solver
+from .info import Info
 
 State = OrderedDict[str, Inverse]
 
@@ -63,6 +64,9 @@ class Blockwise(Solver):
         groups = partition(op.space, self.blocks)
         if isinstance(self.solver, Mapping) and set(self.solver) != set(groups):
             raise ValueError(f"solver: got solvers for {list(self.solver)}, expected one for each of {list(groups)}")
+        for name, block in groups.items():
+            if not any(leaf.size for leaf in select(op.space, block).values()):
+                raise ValueError(f"blocks: block '{name}' has no entries {block}; put its leaves into another block")
         keys = [None] * len(groups) if key is None else list(jax.random.split(key, len(groups)))
         inverses = OrderedDict()
         for (name, block), block_key in zip(groups.items(), keys, strict=True):
@@ -72,17 +76,21 @@ class Blockwise(Solver):
         return inverses
 
     def apply_many(self, state: State, V: PyTree) -> tuple[PyTree, Info]:
-        solved = {name: part.solve_many(select(V, tuple(part.space))) for name, part in state.items()}
-        squares = {name: tree.dots(*[select(V, tuple(part.space))] * 2) for name, part in state.items()}
-        infos = OrderedDict((name, info) for name, (_, info) in solved.items())
-        return join({name: x for name, (x, _) in solved.items()}, V), _merge(infos, squares)
+        rhs = {name: select(V, tuple(part.space)) for name, part in state.items()}
+        solved = {name: part.solve_many(rhs[name]) for name, part in state.items()}
+        infos = [info for _, info in solved.values()]
+        return join({name: x for name, (x, _) in solved.items()}, V), _merge(
+            infos, [tree.norms(b) for b in rhs.values()]
+        )
 
     def with_damping(self, state: State, damping: Any, *, key: Key | None = None) -> tuple[Blockwise, State]:
         keys = [None] * len(state) if key is None else list(jax.random.split(key, len(state)))
-        moved = OrderedDict(
-            (name, part.with_damping(damping, key=block_key))
-            for (name, part), block_key in zip(state.items(), keys, strict=True)
-        )
+        moved: State = OrderedDict()
+        for (name, part), block_key in zip(state.items(), keys, strict=True):
+            try:
+                moved[name] = part.with_damping(damping, key=block_key)
+            except ValueError as error:
+                raise ValueError(f"{error} (block '{name}')") from None
         return Blockwise({name: part.solver for name, part in moved.items()}, self.blocks), moved
 
     def by_block(self, inverse: Inverse) -> State:
@@ -93,14 +101,22 @@ class Blockwise(Solver):
         return f"Blockwise({solvers!r}, blocks={getattr(self.blocks, '__name__', self.blocks)})"
 
 
-def _merge(infos: Mapping[str, Info], squares: Mapping[str, Array]) -> Info:
-    """How the solve as a whole went; `squares` are the squared norms of the blocks' right-hand sides."""
-    parts = list(infos.values())
-    total = sum(squares.values(), jnp.zeros_like(next(iter(squares.values()))))
-    missed = jnp.stack([infos[name].residual ** 2 * squares[name] for name in infos])
+def _merge(infos: Sequence[Info], norms: Sequence[Array]) -> Info:
+    """How the solve as a whole went; `norms` are those of the blocks' right-hand sides.
+
+    Blocks solved in closed form, whose residual is not known, count as solved exactly.
+    """
+    steps, residuals, converged, curvatures = (jnp.stack(field) for field in list(zip(*infos, strict=True))[:4])
+    sizes = jnp.stack([norm.astype(residuals.dtype) for norm in norms])
+    total, missed = jnp.sum(sizes**2, axis=0), jnp.nansum((residuals * sizes) ** 2, axis=0)
+    residual = jnp.sqrt(missed / jnp.where(total > 0, total, 1))
     return Info(
-        steps=jnp.max(jnp.stack([part.steps for part in parts]), axis=0),
-        residual=jnp.sqrt(jnp.sum(missed, axis=0) / jnp.where(total > 0, total, 1)),
-        converged=jnp.all(jnp.stack([part.converged for part in parts]), axis=0),
-        min_curvature=jnp.nanmin(jnp.stack([part.min_curvature for part in parts]), axis=0),
+        steps=jnp.max(steps, axis=0),
+        residual=jnp.where(jnp.all(jnp.isnan(residuals), axis=0), jnp.nan, residual),
+        converged=jnp.all(converged, axis=0),
+        min_curvature=jnp.nanmin(curvatures, axis=0),
+        # Failed blocks first, and among equals the one with the largest residual.
+        block=jnp.argmax(jnp.where(converged, 0, 2) + jnp.nan_to_num(residuals / (1 + residuals)), axis=0).astype(
+            jnp.int32
+        ),
     )

@@ -2,6 +2,7 @@ r"""Conjugate gradients on stacked right-hand sides."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,17 +16,17 @@ from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import check_positive
 from ..curvature import LinearOperator
-from .base import (
-    Info,
+from .base import Solver, implicit_solve
+from .damping import (
     RelativeDamping,
-    Solver,
     check_damping,
     check_number,
+    check_tolerance,
     damped_product,
-    implicit_solve,
     redamp,
     resolve_damping,
 )
+from .info import Info
 
 
 class CGState(NamedTuple):
@@ -64,14 +65,14 @@ class CG(Solver):
     """
 
     damping: float | Array | RelativeDamping = 0.0
-    rtol: float | Array = 1e-5
-    atol: float | Array = 0.0
-    max_steps: int = static(default=1000)
-    preconditioner: Solver | LinearOperator | None = None
+    rtol: float | Array = dataclasses.field(default=1e-5, kw_only=True)
+    atol: float | Array = dataclasses.field(default=0.0, kw_only=True)
+    max_steps: int = static(default=1000, kw_only=True)
+    preconditioner: Solver | LinearOperator | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        check_number(self.rtol, "rtol")
+        check_tolerance(self.rtol)
         check_number(self.atol, "atol")
         check_positive(self.max_steps, "max_steps")
         if self.preconditioner is not None and not isinstance(self.preconditioner, Solver | LinearOperator):
@@ -177,7 +178,7 @@ def conjugate_gradients(
     lowest = jnp.where(jnp.isinf(end.lowest), jnp.nan, end.lowest)
     # A product or a right-hand side that is not finite leaves x at 0, which would pass for an answer.
     x = tree.where_rows(jnp.isfinite(residual), end.x, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), end.x))
-    return x, Info(end.steps, residual, residual <= allowed, lowest)
+    return x, Info(end.steps, residual, residual <= allowed, lowest, jnp.zeros_like(end.steps))
 
 
 def _step(

@@ -13,7 +13,9 @@ from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator, LowRank, Unsupported, spectral, to_dense
-from .base import Info, RelativeDamping, Solver, check_damping, implicit_solve, redamp, resolve_damping
+from .base import Solver, implicit_solve
+from .damping import RelativeDamping, check_damping, redamp, resolve_damping
+from .info import Info
 
 # Power iterations for the norm of a factorised operator; it is needed to one digit.
 NORM_STEPS = 10
@@ -195,5 +197,5 @@ def _info(X: PyTree, B: PyTree, error: Array, curvature: Array) -> Info:
     """Converged where the factorisation's error, times the solution, is small beside the right-hand side."""
     norm = tree.norms(B)
     missed = error.astype(norm.dtype) * tree.norms(X)
-    steps = jnp.zeros(norm.shape, jnp.int32)
-    return Info(steps, jnp.full_like(norm, jnp.nan), missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype))
+    none, unknown = jnp.zeros(norm.shape, jnp.int32), jnp.full_like(norm, jnp.nan)
+    return Info(none, unknown, missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype), none)

@@ -1,0 +1,123 @@
+"""Damping: what is added to an operator's eigenvalues before it is inverted."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._pytree import dataclass
+from .._typing import Array, Key, PyTree
+from ..curvature import LinearOperator, trace
+from ..curvature.capabilities import wide_dtype
+
+
+@dataclass
+class RelativeDamping:
+    """Damping as a multiple of the operator's mean eigenvalue, `factor * trace / size`.
+
+    Args:
+      factor: Non-negative number; 0.1 is common for Kronecker-factored curvature.
+
+    Raises:
+      TypeError, ValueError: If it is not a non-negative number.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> inverse = ij.invert(3.0 * ij.Identity({"w": jnp.ones(2)}), ij.Direct(ij.RelativeDamping(0.5)))
+      >>> float(inverse.state.damping)
+      1.5
+
+    Reference: Grosse et al. 2023, arXiv:2308.03296, section 3.2.
+    """
+
+    factor: float | Array
+
+    def __post_init__(self) -> None:
+        check_number(self.factor, "factor")
+
+    def __repr__(self) -> str:
+        return f"RelativeDamping({self.factor})"
+
+
+def check_number(value: Any, name: str) -> None:
+    """Raise unless `value` is a finite non-negative scalar; traced values pass unseen."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real | np.ndarray | jax.Array)
+        or getattr(value, "shape", ()) != ()
+    ):
+        raise TypeError(f"{name}: got {value!r}, expected a non-negative number")
+    if not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name}: got {float(value)}, expected a finite non-negative number")
+
+
+def check_tolerance(rtol: Any) -> None:
+    """Raise unless `rtol` is a number in [0, 1); at 1 the zero vector would be an answer."""
+    check_number(rtol, "rtol")
+    if not isinstance(rtol, jax.core.Tracer) and float(rtol) >= 1:
+        raise ValueError(f"rtol: got {float(rtol)}, expected a number below 1, e.g. 1e-5")
+
+
+def check_damping(damping: Any) -> None:
+    """Raise unless `damping` is a non-negative number or a `RelativeDamping`."""
+    if isinstance(damping, RelativeDamping):
+        return
+    try:
+        check_number(damping, "damping")
+    except TypeError:
+        raise TypeError(
+            f"damping: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor)"
+        ) from None
+
+
+def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> Array:
+    """The absolute damping, an array in the dtype the solver computes in."""
+    dtype = wide_dtype(op.space)
+    if not isinstance(damping, RelativeDamping):
+        return jnp.asarray(damping, dtype)
+    mean = (trace(op, key=key) / op.size).astype(dtype)
+    # Under tracing nothing can raise: NaN turns into `converged=False`, and `invert` raises for it on the host.
+    return jnp.where(mean > 0, jnp.asarray(damping.factor, dtype) * mean, jnp.nan)
+
+
+def redamp(solver: Any, state: Any, damping: Any, key: Key | None) -> tuple[Any, Any]:
+    """`with_damping` of a solver whose state is an operator, a damping, and what does not depend on it."""
+    return dataclasses.replace(solver, damping=damping), state._replace(damping=resolve_damping(damping, state.op, key))
+
+
+def damped_product(op: LinearOperator, damping: Array, X: PyTree) -> PyTree:
+    """`(A + damping I) X` for a stack."""
+    return jax.tree.map(lambda ax, x: ax + damping.astype(x.dtype) * x, op.mm(X), X)
+
+
+def check_resolved(solver: Any, state: PyTree, op: LinearOperator) -> None:
+    """Raise, on the host, if a `RelativeDamping` met a mean eigenvalue that is not positive."""
+    is_relative = lambda x: isinstance(x, RelativeDamping)
+    if not any(map(is_relative, jax.tree.leaves(solver, is_leaf=is_relative))):
+        return
+    for where, damping in _dampings(state):
+        if not isinstance(damping, jax.core.Tracer) and not np.isfinite(damping):
+            raise ValueError(
+                f"damping: {solver!r} on {op!r} asks for a multiple of the mean eigenvalue{where}, which is not "
+                "positive; give an absolute damping"
+            )
+
+
+def _dampings(state: PyTree) -> Iterator[tuple[str, Array]]:
+    """The dampings in a state, those of preconditioners included, and the blocks they are for."""
+    is_damped = lambda x: hasattr(x, "op") and hasattr(x, "damping")
+    for path, part in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_damped):
+        if not is_damped(part):
+            continue
+        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        where = f" of block '{'/'.join(keys)}'" if keys else ""
+        yield where, part.damping
+        yield from _dampings([getattr(part, name) for name in part._fields if name not in ("op", "damping")])

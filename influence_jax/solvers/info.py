@@ -1,0 +1,95 @@
+"""How a solve went, and how to tell people."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._typing import Array
+from ..curvature import LinearOperator
+
+PACKAGE = str(pathlib.Path(__file__).parent.parent)
+
+
+class Info(NamedTuple):
+    """How a solve went; leaves are scalars, or `(K,)` for stacked right-hand sides.
+
+    Attributes:
+      steps: Iterations spent, 0 for closed forms; int32.
+      residual: `||b - A x|| / ||b||` of the damped operator A, NaN where no extra product was spent on it.
+      converged: Whether the answer can be relied on.
+      min_curvature: Smallest `vᵀAv / vᵀv` met on the damped operator; negative means indefinite.
+      block: Which block, counted in `inverse.blocks`, went worst; 0 where there is only one; int32.
+    """
+
+    steps: Array
+    residual: Array
+    converged: Array
+    min_curvature: Array
+    block: Array | int = 0
+
+
+def worst(infos: Sequence[Info]) -> Info | None:
+    """Field by field the worst of several solves; None of none."""
+    if not infos:
+        return None
+    steps, residual, converged, curvature = (jnp.stack(field) for field in list(zip(*infos, strict=True))[:4])
+    block = jnp.stack([jnp.broadcast_to(info.block, info.converged.shape) for info in infos])
+    return Info(
+        jnp.max(steps, axis=0),
+        jnp.max(residual, axis=0),
+        jnp.all(converged, axis=0),
+        jnp.nanmin(curvature, axis=0),
+        jnp.max(block, axis=0),
+    )
+
+
+class ConvergenceWarning(UserWarning):
+    """Some solves did not converge, and what was computed from them cannot be relied on."""
+
+
+def warn_unconverged(info: Info | None, inverse: LinearOperator) -> None:
+    """Warn, on the host, about solves that did not converge; silent under tracing."""
+    if info is None or isinstance(info.converged, jax.core.Tracer) or bool(np.all(info.converged)):
+        return
+    warnings.warn(
+        f"{describe_failure(info, inverse)}; inverse.solve_many reports each",
+        ConvergenceWarning,
+        stacklevel=_levels_inside(),
+    )
+
+
+def describe_failure(info: Info, inverse: LinearOperator) -> str:
+    """Which solves failed, how badly, and what to change."""
+    failed = ~np.asarray(info.converged)
+    residuals, curvatures = np.asarray(info.residual)[failed], np.asarray(info.min_curvature)[failed]
+    residual = f"worst relative residual {np.max(residuals):.1e}, " if np.all(np.isfinite(residuals)) else ""
+    lowest = float(np.fmin.reduce(curvatures, axis=None))
+    names = list(getattr(inverse, "by_block", [""]))
+    where = (
+        sorted({names[index] for index in np.broadcast_to(info.block, failed.shape)[failed]}) if len(names) > 1 else []
+    )
+    in_blocks = f" in block{'s' * (len(where) > 1)} {', '.join(map(repr, where))}" if where else ""
+    if lowest < 0:
+        advice = "the operator is indefinite; use GGN, more damping, or Eigh, which is exact"
+    else:
+        advice = "raise the damping, the tolerance or max_steps, or compute in 64-bit mode"
+    return (
+        f"{inverse!r}: {failed.sum()} of {failed.size} solves did not converge{in_blocks} ({residual}smallest "
+        f"curvature {lowest:.1e}), so what is computed from them cannot be relied on: {advice}"
+    )
+
+
+def _levels_inside() -> int:
+    """Stack levels between the caller and the first frame outside this package, which a warning is about."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
