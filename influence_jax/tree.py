@@ -176,6 +176,25 @@ def combine(coefficients: Array, stack: PyTree) -> PyTree:
     return jax.tree.map(leaf_combine, stack)
 
 
+def orthonormal(stack: PyTree) -> tuple[PyTree, Array]:
+    """QR decomposition of a stack, leaf by leaf and then of the small factors, so that no leaf is copied into another.
+
+    Returns:
+      Orthonormal rows, leaves `(S, *leaf)` with S the smaller of K and the number of parameters, whatever the rank of
+      the stack; and `(S, K)`, the coefficients of the stack's rows in them.
+    """
+    leaves, structure = jax.tree.flatten(promote(stack))
+    dtype = accumulation_dtype(*(leaf.dtype for leaf in leaves))
+    parts = [jnp.linalg.qr(leaf.reshape(leaf.shape[0], -1).T.astype(dtype)) for leaf in leaves]
+    q, r = jnp.linalg.qr(jnp.concatenate([part.R for part in parts]))
+    ends = np.cumsum([part.R.shape[0] for part in parts])[:-1]
+    rows = [
+        jnp.matmul(part.Q, block, precision=HIGHEST).T.reshape((q.shape[1], *leaf.shape[1:])).astype(leaf.dtype)
+        for part, block, leaf in zip(parts, jnp.split(q, ends), leaves, strict=True)
+    ]
+    return structure.unflatten(rows), r
+
+
 def _total(parts: Sequence[Array]) -> Array:
     dtype = accumulation_dtype(*(part.dtype for part in parts))
     total = parts[0].astype(dtype)

@@ -18,4 +18,5 @@ from .capabilities import (
 from .exact import GGN as GGN, EmpiricalFisher as EmpiricalFisher, Hessian as Hessian
 from .fisher import Fisher as Fisher
 from .operator import LinearOperator as LinearOperator, Scaled as Scaled, Sum as Sum
+from .spectrum import Spectrum as Spectrum, spectrum as spectrum
 from .structured import Diagonal as Diagonal, Identity as Identity, LowRank as LowRank

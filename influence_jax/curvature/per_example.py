@@ -134,6 +134,13 @@ def _root_rows(op: OverData, params: PyTree, example: PyTree) -> Callable[[PyTre
     return lambda p: jnp.matmul(half.T, flat_output(op.split, p, example), precision=tree.HIGHEST)
 
 
+def root_factors(op: OverData, batch: PyTree) -> PyTree:
+    """$R_i$ of every example of a chunk, a stack with leaves `(B * C, *leaf)`."""
+    params = tree.promote(op.params)
+    factors = jax.vmap(lambda z: _jacobian(_root_rows(op, params, z), params))(batch)
+    return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), factors)
+
+
 @jax.jit
 def _root_apply(op: OverData, v: PyTree) -> Array:
     params = tree.promote(op.params)

@@ -1,8 +1,14 @@
 """Ways to invert an operator."""
 
 from .base import Inverse as Inverse, Solver as Solver, invert as invert, solve_with_info as solve_with_info
+from .block_cg import BlockCG as BlockCG, block_conjugate_gradients as block_conjugate_gradients
 from .blockwise import Blockwise as Blockwise
 from .cg import CG as CG, conjugate_gradients as conjugate_gradients
 from .damping import RelativeDamping as RelativeDamping
 from .direct import Direct as Direct, Eigh as Eigh
+from .harmonic import HarmonicMean as HarmonicMean
 from .info import ConvergenceWarning as ConvergenceWarning, Info as Info, warn_unconverged as warn_unconverged
+from .lissa import LiSSA as LiSSA
+from .lowrank import Arnoldi as Arnoldi, Nystrom as Nystrom, from_sketch as from_sketch
+from .precondition import Jacobi as Jacobi
+from .sample_space import SampleSpace as SampleSpace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from ..blocks import Block, select
 from ..curvature import LinearOperator
 from ..curvature.operator import Scaled, Sum
 from .damping import RelativeDamping, check_damping, check_resolved, damped_product
-from .info import Info, worst
+from .info import Info, solved, worst
 
 
 @runtime_checkable
@@ -28,11 +28,12 @@ class Solver(Protocol):
     A frozen pytree dataclass: numbers such as damping are leaves, what shapes the program is static.  `init` does what
     needs the operator only, `apply_many` solves for a stack of right-hand sides.
 
-    Attributes:
-      symmetric: Whether the map from v to x is self-adjoint, so that solving may move to the other side of a product.
     """
 
-    symmetric: ClassVar[bool] = True
+    @property
+    def symmetric(self) -> bool:
+        """Whether the map from v to x is self-adjoint, so that solving may move to the other side of a product."""
+        return True
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> PyTree:
         """Whatever can be computed before the right-hand side is known."""
@@ -70,6 +71,15 @@ def implicit_solve(
     return lax.custom_linear_solve(
         lambda X: damped_product(op, damping, X), tree.promote(V), lambda _, B: solve(B), symmetric=True, has_aux=True
     )
+
+
+def measured(op: LinearOperator, damping: Array, X: PyTree, V: PyTree, lowest: Array | float = jnp.nan) -> Info:
+    """How far an approximation in closed form is from the exact solution; `converged` says only that it is finite."""
+    op, damping, X, V = lax.stop_gradient((op, damping, X, V))
+    norm = tree.norms(V)
+    unlimited, none = jnp.full_like(norm, jnp.inf), jnp.zeros(norm.shape, jnp.int32)
+    lowest = jnp.broadcast_to(jnp.asarray(lowest, norm.dtype), norm.shape)
+    return solved(lambda Y: damped_product(op, damping, Y), X, V, unlimited, none, lowest)[1]
 
 
 @dataclass

@@ -26,7 +26,7 @@ from .damping import (
     redamp,
     resolve_damping,
 )
-from .info import Info
+from .info import Info, solved
 
 
 class CGState(NamedTuple):
@@ -172,13 +172,7 @@ def conjugate_gradients(
         lambda it: _step(it, mm, precondition, tolerance),
         start,
     )
-    residual = tree.norms(tree.subtract(B, mm(end.x))) / jnp.where(norm > 0, norm, 1)
-    # Rounding lets the recurrence run ahead of the true residual; a factor of two is noise, more is not converged.
-    allowed = 2 * tolerance / jnp.where(norm > 0, norm, 1)
-    lowest = jnp.where(jnp.isinf(end.lowest), jnp.nan, end.lowest)
-    # A product or a right-hand side that is not finite leaves x at 0, which would pass for an answer.
-    x = tree.where_rows(jnp.isfinite(residual), end.x, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), end.x))
-    return x, Info(end.steps, residual, residual <= allowed, lowest, jnp.zeros_like(end.steps))
+    return solved(mm, end.x, B, tolerance, end.steps, end.lowest)
 
 
 def _step(

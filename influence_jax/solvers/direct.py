@@ -198,4 +198,4 @@ def _info(X: PyTree, B: PyTree, error: Array, curvature: Array) -> Info:
     norm = tree.norms(B)
     missed = error.astype(norm.dtype) * tree.norms(X)
     none, unknown = jnp.zeros(norm.shape, jnp.int32), jnp.full_like(norm, jnp.nan)
-    return Info(none, unknown, missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype), none)
+    return Info(none, unknown, missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype), none, jnp.zeros_like(norm))

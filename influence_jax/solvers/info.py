@@ -5,14 +5,15 @@ from __future__ import annotations
 import pathlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._typing import Array
+from .. import tree
+from .._typing import Array, PyTree
 from ..curvature import LinearOperator
 
 PACKAGE = str(pathlib.Path(__file__).parent.parent)
@@ -27,6 +28,8 @@ class Info(NamedTuple):
       converged: Whether the answer can be relied on.
       min_curvature: Smallest `vᵀAv / vᵀv` met on the damped operator; negative means indefinite.
       block: Which block, counted in `inverse.blocks`, went worst; 0 where there is only one; int32.
+      standard_error: Of a randomised solution over its repeats, relative to its length: 0 where nothing is random, NaN
+        from a single repeat.
     """
 
     steps: Array
@@ -34,6 +37,31 @@ class Info(NamedTuple):
     converged: Array
     min_curvature: Array
     block: Array | int = 0
+    standard_error: Array | float = 0.0
+
+
+def solved(
+    mm: Callable[[PyTree], PyTree], X: PyTree, B: PyTree, tolerance: Array, steps: Array, lowest: Array
+) -> tuple[PyTree, Info]:
+    """An iterative solution, and how good it is by its true residual, for which one product is spent.
+
+    Args:
+      mm: Product of the damped operator with a stack.
+      X: Solutions, leaves `(K, *leaf)`.
+      B: Right-hand sides.
+      tolerance: Absolute tolerance on the residual, `(K,)`.
+      steps: Iterations, `(K,)`.
+      lowest: Smallest curvature met, `(K,)`; infinite if none was.
+    """
+    norm = tree.norms(B)
+    unit = jnp.where(norm > 0, norm, 1)
+    residual = tree.norms(tree.subtract(B, mm(X))) / unit
+    # A product or a right-hand side that is not finite may leave X at 0, which would pass for an answer.
+    X = tree.where_rows(jnp.isfinite(residual), X, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), X))
+    # Rounding lets a recurrence run ahead of the true residual; a factor of two is noise, more is not converged.
+    converged = residual <= 2 * tolerance / unit
+    lowest = jnp.where(jnp.isinf(lowest), jnp.nan, lowest)
+    return X, Info(steps, residual, converged, lowest, jnp.zeros_like(steps), jnp.zeros_like(residual))
 
 
 def worst(infos: Sequence[Info]) -> Info | None:
@@ -41,14 +69,20 @@ def worst(infos: Sequence[Info]) -> Info | None:
     if not infos:
         return None
     steps, residual, converged, curvature = (jnp.stack(field) for field in list(zip(*infos, strict=True))[:4])
-    block = jnp.stack([jnp.broadcast_to(info.block, info.converged.shape) for info in infos])
+    block, error = (stacked(infos, field) for field in ("block", "standard_error"))
     return Info(
         jnp.max(steps, axis=0),
         jnp.max(residual, axis=0),
         jnp.all(converged, axis=0),
         jnp.nanmin(curvature, axis=0),
         jnp.max(block, axis=0),
+        jnp.max(error, axis=0),
     )
+
+
+def stacked(infos: Sequence[Info], field: str) -> Array:
+    """A field that solvers may leave at its default."""
+    return jnp.stack([jnp.broadcast_to(getattr(info, field), info.converged.shape) for info in infos])
 
 
 class ConvergenceWarning(UserWarning):

@@ -1,0 +1,222 @@
+r"""Lanczos on device, and what it tells about an operator's eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import tree
+from .._pytree import dataclass, static
+from .._typing import Array, Key, PyTree
+from ..batching import check_key, check_positive
+from .capabilities import wide_dtype
+from .operator import LinearOperator
+
+
+class Krylov(NamedTuple):
+    r"""Ritz pairs of an operator, ascending.
+
+    Attributes:
+      values: `(m,)`.
+      vectors: Orthonormal stack, leaves `(m, *leaf)`.
+      residuals: $\|A q - \theta q\|$ of each pair, `(m,)`.
+      first: First entries of the eigenvectors of the tridiagonal matrix, `(m,)`: their squares weigh a density.
+    """
+
+    values: Array
+    vectors: PyTree
+    residuals: Array
+    first: Array
+
+
+def lanczos(
+    mv: Callable[[PyTree], PyTree],
+    space: PyTree,
+    steps: int,
+    key: Key,
+    *,
+    fori_loop: Callable[..., PyTree] = lax.fori_loop,
+) -> Krylov:
+    """Lanczos tridiagonalisation with full reorthogonalisation, twice, from a random start.
+
+    Where the Krylov space is exhausted (fewer distinct eigenvalues than steps) it goes on from a new random direction,
+    so that `steps = size` gives all eigenpairs.
+
+    Args:
+      mv: Product with one vector.
+      space: The parameters.
+      steps: Dimension m of the space, at most the number of parameters.
+      key: For the random directions.
+      fori_loop: `lax.fori_loop`, or a host loop of the same signature when `mv` reads data from outside.
+    """
+    dtype, size = wide_dtype(space), tree.size(space)
+    keys = jax.random.split(key, steps + 1)
+    fresh = lambda k: tree.unflatten(jax.random.normal(k, (size,), dtype), space)
+    norm = lambda v: jnp.sqrt(tree.dot(v, v))
+
+    def step(index: Array, carry: tuple) -> tuple:
+        basis, matrix, q, scale = carry
+        basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), basis, q)
+        product = tree.promote(mv(q))
+        coefficients = _coefficients(basis, product)
+        matrix = matrix.at[index].set(coefficients)
+        scale = jnp.maximum(scale, norm(product))
+        rest = _orthogonal(basis, product)
+        beta = norm(rest)
+        exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
+        other = _orthogonal(basis, fresh(keys[index + 1]))
+        rest = jax.tree.map(lambda a, b: jnp.where(exhausted, b, a), rest, other)
+        length = norm(rest)
+        q = tree.scale(1 / jnp.where(length > 0, length, 1), rest)
+        return basis, matrix, q, scale, jnp.where(exhausted, 0, beta)
+
+    start = fresh(keys[0])
+    start = tree.scale(1 / norm(start), start)
+    basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), start)
+    carry = (basis, jnp.zeros((steps, steps), dtype), start, jnp.zeros((), dtype), jnp.zeros((), dtype))
+    basis, matrix, _, _, beta = fori_loop(0, steps, lambda i, c: step(i, c[:4]), carry)
+    # Row i holds <q_j, A q_i> for j <= i: tridiagonal but for rounding and restarts.
+    lower = jnp.tril(matrix, -1)
+    values, vectors = jnp.linalg.eigh(lower + lower.T + jnp.diag(jnp.diag(matrix)))
+    return Krylov(values, tree.combine(vectors.T, basis), jnp.abs(beta * vectors[-1]), vectors[0])
+
+
+def _coefficients(basis: PyTree, vector: PyTree) -> Array:
+    """Inner products with the rows of a stack, `(m,)`."""
+    return tree.gram(basis, tree.stack_of_one(vector))[:, 0]
+
+
+def _orthogonal(basis: PyTree, vector: PyTree) -> PyTree:
+    """The part of a vector orthogonal to orthonormal rows; twice, because once leaves rounding behind."""
+    for _ in range(2):
+        vector = tree.subtract(vector, tree.only(tree.combine(_coefficients(basis, vector)[None], basis)))
+    return vector
+
+
+@dataclass
+class Spectrum:
+    r"""Ritz values of an operator from several random starts; made by `spectrum`.
+
+    Print it for a guide to the damping.
+
+    Attributes:
+      values: Ritz values, ascending, `(probes, m)`.
+      weights: What part of a random vector each stands for, `(probes, m)`; rows sum to one.
+      residuals: An eigenvalue lies within this distance of each Ritz value, `(probes, m)`.
+      size: Number of parameters; static.
+    """
+
+    values: Array
+    weights: Array
+    residuals: Array
+    size: int = static()
+
+    @property
+    def largest(self) -> tuple[Array, Array]:
+        """The largest Ritz value, a lower bound of the largest eigenvalue, and its residual."""
+        return self._extreme(jnp.argmax)
+
+    @property
+    def smallest(self) -> tuple[Array, Array]:
+        """The smallest Ritz value, an upper bound of the smallest eigenvalue, and its residual."""
+        return self._extreme(jnp.argmin)
+
+    def _extreme(self, choose: Callable[[Array], Array]) -> tuple[Array, Array]:
+        place = choose(self.values)
+        return self.values.reshape(-1)[place], self.residuals.reshape(-1)[place]
+
+    def trace_of(self, fn: Callable[[Array], Array]) -> tuple[Array, Array]:
+        r"""Stochastic Lanczos quadrature: $\mathrm{tr} f(A)$ and its standard error over probes (NaN from one).
+
+        Args:
+          fn: Function of an array of eigenvalues.
+
+        Reference: Ubaru, Chen & Saad 2017, doi:10.1137/16M1104974.
+        """
+        estimates = self.size * jnp.sum(self.weights * fn(self.values), axis=1)
+        probes = estimates.shape[0]
+        error = jnp.std(estimates, ddof=1) / probes**0.5 if probes > 1 else jnp.full((), jnp.nan)
+        return jnp.mean(estimates), error
+
+    def effective_dimension(self, damping: float | Array) -> tuple[Array, Array]:
+        r"""$\mathrm{tr}\, A (A + \lambda I)^{-1}$, how many directions the data determine, and its standard error."""
+        return self.trace_of(lambda values: values / (values + damping))
+
+    def density(self, points: Array, width: float | Array) -> Array:
+        """Density of eigenvalues, smoothed by a Gaussian of that width; integrates to one.
+
+        Args:
+          points: Where, `(n,)`.
+          width: Standard deviation, in units of eigenvalues.
+
+        Returns:
+          `(n,)`.
+        """
+        distance = (jnp.asarray(points)[:, None, None] - self.values[None]) / width
+        bumps = jnp.exp(-0.5 * distance**2) / (width * (2 * jnp.pi) ** 0.5)
+        return jnp.mean(jnp.sum(bumps * self.weights[None], axis=2), axis=1)
+
+    def __repr__(self) -> str:
+        (high, high_error), (low, low_error) = self.largest, self.smallest
+        lines = [
+            f"{self.size:,} eigenvalues, from {float(low):.3g} (± {float(low_error):.1g}) to {float(high):.3g} "
+            f"(± {float(high_error):.1g}), mean {float(self.trace_of(lambda x: x)[0]) / self.size:.3g}",
+            "   damping   effective dimension   condition number   CG steps to 1e-5, at most",
+        ]
+        for exponent in range(-6, 1):
+            damping = float(high) * 10.0**exponent
+            if damping + float(low) <= 0:
+                lines.append(f"{damping:10.1e}   indefinite: smallest eigenvalue + damping <= 0")
+                continue
+            condition = (float(high) + damping) / (max(float(low), 0.0) + damping if low >= 0 else float(low) + damping)
+            dimension, error = self.effective_dimension(damping)
+            spread = "" if np.isnan(error) else f" ± {float(error):.1f}"
+            steps = min(self.size, int(np.ceil(0.5 * condition**0.5 * np.log(2e5))))
+            lines.append(f"{damping:10.1e}   {f'{float(dimension):.1f}{spread}':>19}   {condition:16.1e}   {steps}")
+        return "\n".join(lines)
+
+
+def spectrum(op: LinearOperator, steps: int = 60, *, key: Key, probes: int = 1) -> Spectrum:
+    r"""Ritz values of an operator: extreme eigenvalues, density, effective dimension, a guide to the damping.
+
+    Args:
+      op: The operator.
+      steps: Products per probe, at most the number of parameters.
+      key: For the random starts.
+      probes: Random starts; two or more give standard errors.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> op = ij.Diagonal({"w": jnp.array([1.0, 2.0, 5.0])})
+      >>> ritz = ij.spectrum(op, 3, key=jax.random.key(0))
+      >>> float(ritz.largest[0].round(3)), float(ritz.smallest[0].round(3))
+      (5.0, 1.0)
+
+    Reference: Golub & Meurant 2010, Matrices, Moments and Quadrature; Ghorbani et al. 2019, arXiv:1901.10159.
+    """
+    if not isinstance(op, LinearOperator):
+        raise TypeError(
+            f"op: got a {type(op).__name__}, expected a LinearOperator such as GGN(objective, params, data)"
+        )
+    check_positive(steps, "steps")
+    check_positive(probes, "probes")
+    check_key(key, "spectrum starts from random vectors")
+    return _spectrum(op, min(steps, op.size), jax.random.split(key, probes))
+
+
+@partial(jax.jit, static_argnames="steps")
+def _spectrum(op: LinearOperator, steps: int, keys: Key) -> Spectrum:
+    def probe(key: Key) -> tuple[Array, Array, Array]:
+        krylov = lanczos(op.mv, op.space, steps, key)
+        return krylov.values, krylov.first**2, krylov.residuals
+
+    return Spectrum(*lax.map(probe, keys), size=op.size)

@@ -1,0 +1,203 @@
+r"""LiSSA: a Neumann series, on all data or on random minibatches."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import tree
+from .._pytree import dataclass, static
+from .._typing import Array, Key, PyTree
+from ..batching import check_key, check_positive
+from ..curvature import LinearOperator, minibatch
+from ..curvature.capabilities import wide_dtype
+from ..curvature.operator import Scaled, Sum
+from .base import Solver, implicit_solve
+from .damping import (
+    RelativeDamping,
+    check_damping,
+    check_number,
+    check_tolerance,
+    damped_product,
+    resolve_damping,
+)
+from .info import Info, solved
+
+# Power iterations for the scale, and how far above the estimate it is put: the estimate comes from below.
+POWER_STEPS = 30
+HEADROOM = 1.1
+# How many times longer than a contraction's a series may grow, minibatches being noisy, before it counts as divergent.
+BOUND = 10
+
+
+class LissaState(NamedTuple):
+    """The operator, the scale of the series, and the key of its minibatches."""
+
+    op: LinearOperator
+    damping: Array  # ()
+    scale: Array  # ()
+    key: Key | None
+
+
+@dataclass
+class LiSSA(Solver):
+    r"""Sum a Neumann series: $h \leftarrow v + h - (A_B + \lambda I) h / \sigma$ from $h = v$, and $x = h / \sigma$.
+
+    On all data in every step, or on random minibatches B, whose noise `repeats` independent chains average away:
+    `Info.standard_error` is what is left of it.  Damping is exactly $\lambda$, whatever the scale.  A chain that grows
+    beyond bounds is stopped, and shows in the true residual, for which one product is spent.  Derivatives are those of
+    the exact solution, each another series.
+
+    Args:
+      damping: $\lambda \ge 0$, or a `RelativeDamping`.
+      scale: $\sigma$, at least the largest eigenvalue plus damping (of the minibatches, if there are any); 1.1 times
+        a power iteration's estimate if None.
+      depth: Most steps; static.
+      repeats: Independent chains; static.
+      batch_size: Examples per step, drawn with replacement; all data if None; static.
+      rtol: Relative residual at which a solve counts as converged, and at which a chain on all data stops.
+
+    Raises:
+      ValueError: In `invert`, without a key where one is needed (`batch_size`, or no scale), or if the operator
+        has no data.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> op = ij.Diagonal({"w": jnp.array([1.0, 3.0])})
+      >>> inverse = ij.invert(op, ij.LiSSA(1.0, scale=5.0, depth=100))
+      >>> inverse.mv({"w": jnp.array([2.0, 4.0])})["w"].round(2).tolist()
+      [1.0, 1.0]
+
+    Reference: Agarwal et al. 2017, arXiv:1602.03943; Koh & Liang 2017, arXiv:1703.04730.
+    """
+
+    damping: float | Array | RelativeDamping = 0.0
+    scale: float | Array | None = dataclasses.field(default=None, kw_only=True)
+    depth: int = static(default=1000, kw_only=True)
+    repeats: int = static(default=1, kw_only=True)
+    batch_size: int | None = static(default=None, kw_only=True)
+    rtol: float | Array = dataclasses.field(default=1e-3, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_tolerance(self.rtol)
+        check_positive(self.depth, "depth")
+        check_positive(self.repeats, "repeats")
+        if self.scale is not None:
+            check_number(self.scale, "scale")
+        if self.batch_size is not None:
+            check_positive(self.batch_size, "batch_size")
+        elif self.repeats > 1:
+            raise ValueError(f"repeats: got {self.repeats}, but chains on all data are alike; give batch_size too")
+
+    @property
+    def symmetric(self) -> bool:
+        return self.batch_size is None
+
+    def init(self, op: LinearOperator, *, key: Key | None = None) -> LissaState:
+        if self.batch_size is not None and not _examples(op):
+            raise ValueError(f"batch_size: got {self.batch_size}, but {op!r} has no data to draw from; drop it")
+        if self.batch_size is None and self.scale is not None:
+            damping = resolve_damping(self.damping, op, key)
+            return LissaState(op, damping, jnp.asarray(self.scale, damping.dtype), None)
+        key = check_key(key, "LiSSA draws minibatches, and its scale by power iteration; pass it to invert")
+        key_damping, key_scale, key_batches = jax.random.split(key, 3)
+        damping = resolve_damping(self.damping, op, key_damping)
+        if self.scale is not None:
+            return LissaState(op, damping, jnp.asarray(self.scale, damping.dtype), key_batches)
+        largest = _largest_eigenvalue(lax.stop_gradient(op), key_scale)
+        return LissaState(op, damping, HEADROOM * (largest + lax.stop_gradient(damping)), key_batches)
+
+    def apply_many(self, state: LissaState, V: PyTree) -> tuple[PyTree, Info]:
+        fixed, rtol = lax.stop_gradient((state, self.rtol))
+        return implicit_solve(state.op, state.damping, V, lambda B: self._solve(fixed, B, rtol))
+
+    def _solve(self, state: LissaState, B: PyTree, rtol: float | Array) -> tuple[PyTree, Info]:
+        norm = tree.norms(B)
+        tolerance = (rtol * norm).astype(norm.dtype)
+        if self.batch_size is None or state.key is None:
+            X, steps = self._chain(state, B, tolerance, None)
+            spread = jnp.zeros_like(norm)
+        else:
+            keys = jax.random.split(state.key, self.repeats)
+            chains, counts = lax.map(lambda key: self._chain(state, B, tolerance, key), keys)
+            X, steps = jax.tree.map(lambda x: jnp.mean(x, axis=0), chains), jnp.max(counts, axis=0)
+            spread = _standard_error(chains, X)
+        mm = partial(damped_product, state.op, state.damping)
+        X, info = solved(mm, X, B, tolerance, steps, jnp.full_like(norm, jnp.nan))
+        return X, info._replace(standard_error=spread)
+
+    def _chain(self, state: LissaState, B: PyTree, tolerance: Array, key: Key | None) -> tuple[PyTree, Array]:
+        norm = tree.norms(B)
+        inverse_scale = 1 / state.scale.astype(norm.dtype)
+
+        def step(it: _Chain) -> _Chain:
+            op = state.op
+            if key is not None:
+                shape, count = (self.batch_size or 1,), _examples(op)
+                indices = jax.random.randint(jax.random.fold_in(key, it.step), shape, 0, count)
+                op = minibatch(op, indices)
+            update = tree.subtract(B, tree.scale(inverse_scale, damped_product(op, state.damping, it.h)))
+            h = tree.add(it.h, update)
+            # The series of a contraction is no longer than its number of terms times the first.
+            sound = tree.norms(h) <= BOUND * (it.step + 2) * norm
+            going = it.going & sound & ((tree.norms(update) > tolerance) if key is None else True)
+            return _Chain(tree.where_rows(it.going & sound, h, it.h), going, it.steps + it.going, it.step + 1)
+
+        start = _Chain(B, norm > 0, jnp.zeros(norm.shape, jnp.int32), jnp.zeros((), jnp.int32))
+        end = lax.while_loop(lambda it: jnp.any(it.going) & (it.step < self.depth), step, start)
+        return tree.scale(inverse_scale, end.h), end.steps
+
+    def with_damping(self, state: LissaState, damping: Any, *, key: Key | None = None) -> tuple[LiSSA, LissaState]:
+        moved = resolve_damping(damping, state.op, key)
+        scale = state.scale + HEADROOM * jnp.maximum(moved - state.damping, 0)
+        return dataclasses.replace(self, damping=damping), state._replace(damping=moved, scale=scale)
+
+    def __repr__(self) -> str:
+        batches = "" if self.batch_size is None else f", batch_size={self.batch_size}, repeats={self.repeats}"
+        return f"LiSSA(damping={self.damping}, scale={self.scale}, depth={self.depth}{batches})"
+
+
+class _Chain(NamedTuple):
+    """State of the series for K right-hand sides."""
+
+    h: PyTree  # (K, *leaf)
+    going: Array  # (K,) bool
+    steps: Array  # (K,) int32
+    step: Array  # () int32
+
+
+def _standard_error(chains: PyTree, mean: PyTree) -> Array:
+    """Of the mean over chains, leaves `(R, K, *leaf)`, relative to its length; NaN from one chain."""
+    repeats = tree.count(chains)
+    squares = jnp.sum(jax.vmap(lambda x: tree.dots(*[tree.subtract(x, mean)] * 2))(chains), axis=0)
+    size = tree.norms(mean)
+    error = jnp.sqrt(squares / max(repeats * (repeats - 1), 1)) / jnp.where(size > 0, size, 1)
+    return error if repeats > 1 else jnp.full_like(error, jnp.nan)
+
+
+def _examples(op: LinearOperator) -> int:
+    """Number of examples behind an operator, 0 if there are none."""
+    if isinstance(op, Scaled):
+        return _examples(op.op)
+    if isinstance(op, Sum):
+        return max(map(_examples, op.terms))
+    return getattr(op, "count", 0)
+
+
+def _largest_eigenvalue(op: LinearOperator, key: Key) -> Array:
+    """Largest absolute eigenvalue by power iteration: from below, hence the headroom."""
+    normal = jax.random.normal(key, (op.size,), wide_dtype(op.space))
+
+    def step(_: int, carry: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+        product = tree.promote(op.mv(carry[0]))
+        length = jnp.sqrt(tree.dot(product, product))
+        return tree.scale(1 / jnp.where(length > 0, length, 1), product), length
+
+    start = tree.unflatten(normal / jnp.linalg.norm(normal), op.space)
+    return lax.fori_loop(0, POWER_STEPS, step, (start, jnp.zeros((), normal.dtype)))[1]

@@ -1,0 +1,198 @@
+r"""Solvers that know an operator by its leading eigenpairs: Arnoldi and Nyström."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import tree
+from .._pytree import dataclass, static
+from .._typing import Array, Key, PyTree
+from ..batching import check_key, check_positive
+from ..curvature import LinearOperator, LowRank
+from ..curvature.capabilities import wide_dtype
+from ..curvature.spectrum import lanczos
+from .base import Solver, measured
+from .damping import RelativeDamping, check_damping, redamp, resolve_damping
+from .info import Info
+
+# An eigenpair counts as found when its residual is below this part of the largest eigenvalue.
+RITZ_TOLERANCE = 1e-2
+
+
+class LowRankState(NamedTuple):
+    """The operator, and the eigenpairs found of it."""
+
+    op: LinearOperator
+    damping: Array  # ()
+    pairs: LowRank
+    found: Array  # (), bool: whether the eigenpairs are what they should be
+    lowest: Array  # (), smallest curvature met
+
+
+@dataclass
+class LowRankSolver(Solver):
+    """What both have in common; abstract.
+
+    The eigenpairs are constants to differentiation; the derivative in damping is exact for the approximate inverse.
+    """
+
+    damping: float | Array | RelativeDamping
+    rank: int = static()
+    complement: bool = static(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_positive(self.rank, "rank")
+
+    def apply_many(self, state: LowRankState, V: PyTree) -> tuple[PyTree, Info]:
+        V = tree.promote(V)
+        pairs, complement = lax.stop_gradient(state.pairs), self.complement
+        coefficients = tree.gram(V, pairs.basis)
+        damping = state.damping.astype(coefficients.dtype)
+        damped = pairs.values.astype(coefficients.dtype) + damping
+        usable = jnp.abs(damped) > 0
+        inverse = jnp.where(usable, 1 / jnp.where(usable, damped, 1), 0)
+        positive = jnp.where(damping > 0, damping, 1)
+        outside = jnp.where(damping > 0, 1 / positive, jnp.nan) if complement else jnp.zeros_like(damping)
+        X = tree.cast_like(tree.combine(coefficients * (inverse - outside)[None], pairs.basis), V)
+        X = jax.tree.map(lambda x, v: x + outside.astype(v.dtype) * v, X, V) if complement else X
+        info = measured(state.op, damping, X, V, state.lowest.astype(damping.dtype) + damping)
+        return X, info._replace(converged=info.converged & state.found & jnp.all(usable))
+
+    def with_damping(self, state: LowRankState, damping: Any, *, key: Key | None = None) -> tuple[Any, LowRankState]:
+        return redamp(self, state, damping, key)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(damping={self.damping}, rank={self.rank})"
+
+
+def _check_rank(rank: int, op: LinearOperator) -> None:
+    if rank > op.size:
+        raise ValueError(f"rank: got {rank}, expected at most the {op.size} parameters of {op!r}")
+
+
+@dataclass
+class Arnoldi(LowRankSolver):
+    r"""Invert through the eigenpairs of largest $|\lambda|$, found by Lanczos on the operator.
+
+    $x = Q (D + \lambda I)^{-1} Q^\top v + \frac1\lambda (v - Q Q^\top v)$: what lies outside of the Krylov space is
+    treated as having curvature zero; `complement=False` drops it, as Schioppa et al. do.  The error obeys
+    $|\lambda_{r+1}| / \lambda$.  Indefinite operators keep the signs of their eigenvalues, and `min_curvature` shows
+    them.  `converged` says that the eigenpairs are found; how far x is from the exact solution is what the residual
+    says, for which one product is spent.
+
+    Args:
+      damping: $\lambda > 0$, or a `RelativeDamping`.
+      rank: Eigenpairs kept; static.
+      steps: Products spent on them; `2 rank + 20`, or the number of parameters, if None; static.
+      complement: Whether to keep what is outside; static.
+
+    Raises:
+      ValueError: In `invert`, without a key, or if rank or steps do not fit the number of parameters.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> op = ij.Diagonal({"w": jnp.array([4.0, 1.0, 0.0])})
+      >>> inverse = ij.invert(op, ij.Arnoldi(1.0, rank=2), key=jax.random.key(0))
+      >>> print(inverse.mv({"w": jnp.array([5.0, 2.0, 3.0])})["w"].round(3))
+      [1. 1. 3.]
+
+    Reference: Schioppa et al. 2022, arXiv:2112.03052.
+    """
+
+    steps: int | None = static(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        LowRankSolver.__post_init__(self)
+        if self.steps is not None:
+            check_positive(self.steps, "steps")
+            if self.steps < self.rank:
+                raise ValueError(f"steps: got {self.steps}, expected at least rank={self.rank}")
+
+    def init(self, op: LinearOperator, *, key: Key | None = None) -> LowRankState:
+        key_start, key_damping = jax.random.split(
+            check_key(key, "Arnoldi starts from a random vector; pass it to invert")
+        )
+        _check_rank(self.rank, op)
+        steps = min(self.steps or 2 * self.rank + 20, op.size)
+        fixed = lax.stop_gradient(op)
+        krylov = lanczos(fixed.mv, op.space, steps, key_start)
+        kept = jnp.argsort(-jnp.abs(krylov.values))[: self.rank]
+        pairs = LowRank(jax.tree.map(lambda x: x[kept], krylov.vectors), krylov.values[kept])
+        found = jnp.all(krylov.residuals[kept] <= RITZ_TOLERANCE * jnp.max(jnp.abs(krylov.values)))
+        damping = resolve_damping(self.damping, op, key_damping)
+        return LowRankState(op, damping, pairs, found, jnp.min(krylov.values))
+
+
+@dataclass
+class Nystrom(LowRankSolver):
+    r"""Invert through a randomised Nyström approximation, $A \approx (A\Omega)(\Omega^\top A\Omega)^+(A\Omega)^\top$.
+
+    One product with a stack of `rank` vectors.  For positive semi-definite operators: what the sketch shows to be
+    negative is left out and reported in `min_curvature`, with `converged=False`.  Solves as `Arnoldi` does; also a
+    preconditioner, `CG(damping, preconditioner=Nystrom(damping, rank))`.
+
+    Args:
+      damping: $\lambda > 0$, or a `RelativeDamping`.
+      rank: Sketch size; static.
+      complement: Whether to keep what is outside; static.
+
+    Raises:
+      ValueError: In `invert`, without a key, or if the rank exceeds the number of parameters.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> op = ij.Diagonal({"w": jnp.array([4.0, 1.0, 0.0])})
+      >>> inverse = ij.invert(op, ij.Nystrom(1.0, rank=3), key=jax.random.key(0))
+      >>> print(inverse.mv({"w": jnp.array([5.0, 2.0, 3.0])})["w"].round(3))
+      [1. 1. 3.]
+
+    Reference: Frangella, Tropp & Udell 2023, arXiv:2110.02820, algorithm 2.1; Hataya & Yamada 2023, arXiv:2302.09726.
+    """
+
+    def init(self, op: LinearOperator, *, key: Key | None = None) -> LowRankState:
+        key_sketch, key_damping = jax.random.split(check_key(key, "Nystrom draws a random sketch; pass it to invert"))
+        _check_rank(self.rank, op)
+        normal = jax.random.normal(key_sketch, (self.rank, op.size), wide_dtype(op.space))
+        sketch, _ = tree.orthonormal(tree.unflatten(normal, op.space))
+        return from_sketch(op, sketch, resolve_damping(self.damping, op, key_damping))
+
+
+def from_sketch(op: LinearOperator, sketch: PyTree, damping: float | Array) -> LowRankState:
+    r"""The state of `Nystrom` for a sketch of one's own.
+
+    Args:
+      op: The operator.
+      sketch: Stack $\Omega$ of independent vectors, leaves `(rank, *leaf)`.
+      damping: As in `Nystrom`.
+
+    Returns:
+      What `Nystrom.init` returns.
+
+    Raises:
+      ValueError: If the sketch is not a stack of vectors of the operator's space.
+    """
+    tree.check_stack(sketch, op.space, "sketch")
+    op, sketch = lax.stop_gradient(op), tree.promote(sketch)
+    image = tree.promote(op.mm(sketch))
+    core = tree.gram(sketch, image)
+    dtype = core.dtype
+    epsilon = jnp.finfo(dtype).eps
+    # Shifted, so that directions at rounding level do not blow up; the shift is taken off the eigenvalues again.
+    largest = jnp.sqrt(jnp.max(jnp.abs(jnp.diag(tree.gram(image, image)))))
+    shift = epsilon * jnp.sqrt(jnp.asarray(tree.size(op.space), dtype)) * largest
+    overlap = tree.gram(sketch, sketch)
+    image = tree.add_scaled_rows(image, jnp.broadcast_to(shift, core.shape[:1]), sketch)
+    values, vectors = jnp.linalg.eigh(0.5 * (core + core.T) + shift * overlap)
+    usable = values > shift
+    roots = jnp.where(usable, 1 / jnp.sqrt(jnp.where(usable, values, 1)), 0)
+    factor = tree.combine((vectors * roots[None]).T, image)  # A is approximately factorᵀ factor
+    basis, triangle = tree.orthonormal(factor)
+    left, singular, _ = jnp.linalg.svd(triangle)
+    pairs = LowRank(tree.combine(left.T, basis), jnp.maximum(singular**2 - shift, 0))
+    lowest = jnp.min(values / jnp.diag(vectors.T @ overlap @ vectors)) - shift
+    return LowRankState(op, jnp.asarray(damping, dtype), pairs, lowest > -RITZ_TOLERANCE * largest, lowest)
