@@ -8,9 +8,11 @@ from ._jax_version import require_supported_jax as _require_supported_jax
 
 _require_supported_jax(_jax)
 
+from . import stream as stream
 from .adapters import from_linen as from_linen, from_nnx as from_nnx
 from .batching import Batch as Batch
 from .blocks import by_layer as by_layer, by_parameter as by_parameter, full as full
+from .bounds import score_bounds as score_bounds
 from .curvature import (
     GGN as GGN,
     Diagonal as Diagonal,
@@ -31,6 +33,15 @@ from .curvature import (
     to_dense as to_dense,
     trace as trace,
 )
+from .general import (
+    InfluenceType as InfluenceType,
+    InverseHvpResult as InverseHvpResult,
+    InversionMethod as InversionMethod,
+    compute_influence_factors as compute_influence_factors,
+    compute_influences as compute_influences,
+    compute_influences_pert as compute_influences_pert,
+    compute_influences_up as compute_influences_up,
+)
 from .gradients import (
     jacobian_product as jacobian_product,
     mixed_grads as mixed_grads,
@@ -46,6 +57,7 @@ from .solvers import (
     Arnoldi as Arnoldi,
     BlockCG as BlockCG,
     Blockwise as Blockwise,
+    ConvergenceError as ConvergenceError,
     ConvergenceWarning as ConvergenceWarning,
     Direct as Direct,
     Eigh as Eigh,
@@ -60,6 +72,7 @@ from .solvers import (
     Solver as Solver,
     invert as invert,
 )
+from .stream import ChunkAveraging as ChunkAveraging, PointAveraging as PointAveraging
 from .tree import flatten as flatten, unflatten as unflatten
 
 __version__ = _version("influence-jax")

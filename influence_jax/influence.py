@@ -25,7 +25,7 @@ from .curvature import Identity, LinearOperator
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
 from .scoring import TopK, inner_products, perturbed, top_k
-from .solvers import Info, Inverse, solve_with_info, warn_unconverged
+from .solvers import Info, Inverse, report, solve_with_info
 
 
 class InfluenceMode(enum.StrEnum):
@@ -52,6 +52,7 @@ class Influence:
         Scores are then the change of the measurement, with the sign of a loss.
       chunk: Training examples handled at once; chosen from the sizes if None.
       rhs_chunk: Factors handled at once in directional derivatives; one on CPU if None.
+      throw: Raise a `ConvergenceError` where a solve does not converge, instead of warning.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, or P does not act on `params`.
@@ -74,6 +75,7 @@ class Influence:
     measurement: Objective | LossOnly | LossFunction | None = dataclasses.field(default=None, kw_only=True)
     chunk: int | None = static(default=None, kw_only=True)
     rhs_chunk: int | None = static(default=None, kw_only=True)
+    throw: bool = static(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         set_field(self, "objective", as_objective(self.objective))
@@ -118,7 +120,7 @@ class Influence:
             return self._perturbed(self._solved(query), train, wrt)
         if tree.count(train) < tree.count(query) and self.inverse.symmetric:
             scores, info = _up_from_train(self, query, train)
-            warn_unconverged(info, self.inverse)
+            report(info, self.inverse, self.throw)
             return scores
         return _up(self, self._solved(query), train)
 
@@ -135,7 +137,7 @@ class Influence:
 
     def _solved(self, query: PyTree) -> PyTree:
         factors, info = _factors(self, query)
-        warn_unconverged(info, self.inverse)
+        report(info, self.inverse, self.throw)
         return factors
 
     def influences_from_factors(
@@ -305,7 +307,7 @@ class Influence:
           `(N,)`.
         """
         values, info = _self_influences(self, as_batch(batch, "batch"))
-        warn_unconverged(info, self.inverse)
+        report(info, self.inverse, self.throw)
         return values
 
     def top_k(self, query: PyTree, train: PyTree, k: int) -> TopK:

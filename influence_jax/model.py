@@ -45,6 +45,7 @@ class InfluenceFunctionModel:
       blocks: Which parameters interact: `full`, `by_layer`, `by_parameter`, a function from leaf name to block name,
         or a dict from block names to prefixes.
       measurement: What is asked of a query, if not its loss.
+      throw: Raise a `ConvergenceError` where a solve does not converge, instead of warning.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, or both `solver` and `blocks` define blocks.
@@ -64,6 +65,7 @@ class InfluenceFunctionModel:
     solver: Solver = dataclasses.field(default_factory=lambda: CG(1e-3), kw_only=True)
     blocks: Any = static(default=full, kw_only=True)
     measurement: Objective | LossOnly | LossFunction | None = dataclasses.field(default=None, kw_only=True)
+    throw: bool = static(default=False, kw_only=True)
     fitted: Influence | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ class InfluenceFunctionModel:
         op = self.curvature(self.objective, self.params, data)
         solver = self.solver if self.blocks is full else Blockwise(self.solver, self.blocks)
         inverse = invert(op, solver, key=key)
-        influence = Influence(self.objective, self.params, inverse, measurement=self.measurement)
+        influence = Influence(self.objective, self.params, inverse, measurement=self.measurement, throw=self.throw)
         fitted = copy.copy(self)  # not dataclasses.replace, which makes an unfitted model: its fields may have changed
         set_field(fitted, "fitted", influence)
         return fitted

@@ -121,6 +121,62 @@ def test_float32(float32, problem, curvature, solver):
     assert helpers.relative_error(factors[: len(expected)], expected) < 1e-4
 
 
+@pytest.mark.parametrize("problem", [linear_regression, digits])
+def test_lissa_recursion(problem):
+    """pyDVL's full-batch series, step for step: 2000 steps converge on the linear layer, 50 do not on the network."""
+    golden, linear = problem(), problem is linear_regression
+    solver = ij.LiSSA(1e-3 if linear else 1e-2, scale=10.0, depth=2000 if linear else 50, rtol=1e-13)
+    influence = golden.influence("H", solver)
+    if linear:
+        factors = helpers.torch_flat(influence.influence_factors(golden.query))
+        assert helpers.relative_error(factors, golden.arrays["pydvl/factors_lissa_H_scale10_it2000_fullbatch"]) < 1e-9
+        return
+    with pytest.warns(ij.ConvergenceWarning, match="LiSSA.* 20 of 20 solves did not converge"):
+        scores = influence.influences(golden.query, golden.columns)
+    assert helpers.relative_error(scores, golden.arrays["pydvl/infl_lissa_H_scale10_it50_fullbatch"]) < 1e-9
+
+
+@pytest.mark.parametrize(("complement", "name"), [(False, "lowrank"), (True, "woodbury")])
+def test_digits_arnoldi(complement, name):
+    """pyDVL's eigenpairs come from ARPACK with a tolerance of 1e-6, which limits the agreement."""
+    golden = digits()
+    op = CURVATURES["H"](golden.objective, golden.params, golden.train)
+    solver = ij.Arnoldi(1e-2, rank=100, steps=400, complement=complement)
+    influence = ij.Influence(golden.objective, golden.params, ij.invert(op, solver, key=jax.random.key(0)))
+    scores = influence.influences(golden.query, golden.columns)
+    assert helpers.relative_error(scores, golden.arrays[f"pydvl/infl_arnoldi_rank100_{name}"]) < 1e-7
+
+
+def test_linear_regression_nystrom_from_the_stored_sketch():
+    golden = linear_regression()
+    op = CURVATURES["H"](golden.objective, golden.params, golden.train)
+    order, theirs = helpers.torch_order(golden.params), golden.arrays["pydvl/nystroem_omega_rank20"]
+    sketch = np.zeros_like(theirs.T)
+    sketch[:, order] = theirs.T
+    solver = ij.Nystrom(1e-3, rank=20)
+    state = ij.solvers.from_sketch(op, ij.unflatten(sketch, golden.params), 1e-3)
+    assert (
+        helpers.relative_error(np.sort(state.pairs.values), np.sort(golden.arrays["pydvl/nystroem_rank20_eigvals"]))
+        < 1e-9
+    )
+    influence = ij.Influence(golden.objective, golden.params, ij.Inverse(op, solver, state))
+    factors = helpers.torch_flat(influence.influence_factors(golden.query))
+    assert helpers.relative_error(factors, golden.arrays["pydvl/factors_nystroem_rank20_seed0"]) < 1e-9
+    scores = influence.influences(golden.query, golden.columns)
+    assert helpers.relative_error(scores, golden.arrays["pydvl/infl_nystroem_rank20_seed0"]) < 1e-9
+
+
+@pytest.mark.parametrize("problem", [linear_regression, digits])
+def test_harmonic_mean(problem):
+    golden, damping = problem(), 1e-3 if problem is linear_regression else 1e-2
+    influence = golden.influence("EF", ij.HarmonicMean(damping))
+    expected = golden.reference(f"factors_IHM_lam{damping}")
+    factors = helpers.torch_flat(influence.influence_factors(golden.query))[: len(expected)]
+    assert helpers.relative_error(factors, expected) < 1e-9
+    scores = influence.influences(golden.query, golden.columns)
+    assert helpers.relative_error(scores, golden.reference(f"infl_IHM_lam{damping}")) < 1e-9
+
+
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_tiny_mlp_against_pydvl(loss):
     """pyDVL's DirectInfluence on an indefinite Hessian: factors, up, perturbation and the symmetric case."""

@@ -48,7 +48,9 @@ LAYERS = [
         "solvers",
     ],
     ["influence"],
-    ["model"],
+    ["model", "bounds"],
+    ["_progress", "stream"],
+    ["general"],
     [""],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -7,7 +7,12 @@ from .cg import CG as CG, conjugate_gradients as conjugate_gradients
 from .damping import RelativeDamping as RelativeDamping
 from .direct import Direct as Direct, Eigh as Eigh
 from .harmonic import HarmonicMean as HarmonicMean
-from .info import ConvergenceWarning as ConvergenceWarning, Info as Info, warn_unconverged as warn_unconverged
+from .info import (
+    ConvergenceError as ConvergenceError,
+    ConvergenceWarning as ConvergenceWarning,
+    Info as Info,
+    report as report,
+)
 from .lissa import LiSSA as LiSSA
 from .lowrank import Arnoldi as Arnoldi, Nystrom as Nystrom, from_sketch as from_sketch
 from .precondition import Jacobi as Jacobi

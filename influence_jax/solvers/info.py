@@ -89,35 +89,39 @@ class ConvergenceWarning(UserWarning):
     """Some solves did not converge, and what was computed from them cannot be relied on."""
 
 
-def warn_unconverged(info: Info | None, inverse: LinearOperator) -> None:
-    """Warn, on the host, about solves that did not converge; silent under tracing."""
+class ConvergenceError(RuntimeError):
+    """Some solves did not converge, where `throw=True` asks for an error."""
+
+
+def report(info: Info | None, inverse: LinearOperator, throw: bool) -> None:
+    """Warn or raise, on the host, about solves that did not converge; silent under tracing."""
     if info is None or isinstance(info.converged, jax.core.Tracer) or bool(np.all(info.converged)):
         return
-    warnings.warn(
-        f"{describe_failure(info, inverse)}; inverse.solve_many reports each",
-        ConvergenceWarning,
-        stacklevel=_levels_inside(),
-    )
+    message = f"{describe_failure(info, inverse)}; inverse.solve_many reports each"
+    if throw:
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=_levels_inside())
 
 
 def describe_failure(info: Info, inverse: LinearOperator) -> str:
     """Which solves failed, how badly, and what to change."""
     failed = ~np.asarray(info.converged)
     residuals, curvatures = np.asarray(info.residual)[failed], np.asarray(info.min_curvature)[failed]
-    residual = f"worst relative residual {np.max(residuals):.1e}, " if np.all(np.isfinite(residuals)) else ""
     lowest = float(np.fmin.reduce(curvatures, axis=None))
+    facts = [f"worst relative residual {np.max(residuals):.1e}"] if np.all(np.isfinite(residuals)) else []
+    facts += [f"smallest curvature {lowest:.1e}"] if np.isfinite(lowest) else []
+    details = f" ({', '.join(facts)})" if facts else ""
     names = list(getattr(inverse, "by_block", [""]))
-    where = (
-        sorted({names[index] for index in np.broadcast_to(info.block, failed.shape)[failed]}) if len(names) > 1 else []
-    )
+    blocks = np.broadcast_to(info.block, failed.shape)[failed]
+    where = sorted({names[index] for index in blocks}) if len(names) > 1 else []
     in_blocks = f" in block{'s' * (len(where) > 1)} {', '.join(map(repr, where))}" if where else ""
     if lowest < 0:
         advice = "the operator is indefinite; use GGN, more damping, or Eigh, which is exact"
     else:
         advice = "raise the damping, the tolerance or max_steps, or compute in 64-bit mode"
     return (
-        f"{inverse!r}: {failed.sum()} of {failed.size} solves did not converge{in_blocks} ({residual}smallest "
-        f"curvature {lowest:.1e}), so what is computed from them cannot be relied on: {advice}"
+        f"{inverse!r}: {failed.sum()} of {failed.size} solves did not converge{in_blocks}{details}, so what is "
+        f"computed from them cannot be relied on: {advice}"
     )
 
 

@@ -145,9 +145,11 @@ class LiSSA(Solver):
             update = tree.subtract(B, tree.scale(inverse_scale, damped_product(op, state.damping, it.h)))
             h = tree.add(it.h, update)
             # The series of a contraction is no longer than its number of terms times the first.
-            sound = tree.norms(h) <= BOUND * (it.step + 2) * norm
+            sound = tree.norms(h) <= BOUND * (it.step + 2).astype(norm.dtype) * norm
             going = it.going & sound & ((tree.norms(update) > tolerance) if key is None else True)
-            return _Chain(tree.where_rows(it.going & sound, h, it.h), going, it.steps + it.going, it.step + 1)
+            return _Chain(
+                tree.where_rows(it.going & sound, h, it.h), going, it.steps + it.going.astype(jnp.int32), it.step + 1
+            )
 
         start = _Chain(B, norm > 0, jnp.zeros(norm.shape, jnp.int32), jnp.zeros((), jnp.int32))
         end = lax.while_loop(lambda it: jnp.any(it.going) & (it.step < self.depth), step, start)

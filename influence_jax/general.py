@@ -1,0 +1,265 @@
+r"""One call each: influence factors, influences, and both at once, after pyDVL's functional interface.
+
+Three roles of data are kept apart: training data define the curvature, test data are the queries, input data are the
+examples whose influence is asked for.  Each is a batch, or a re-iterable of batches.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import stream, tree
+from ._progress import track
+from ._typing import Array, Key, LossFunction, PyTree
+from .curvature import Hessian, Identity, LinearOperator
+from .influence import Influence, InfluenceMode, _factors, as_mode
+from .objective import LossOnly, Objective
+from .solvers import CG, Arnoldi, Direct, Info, LiSSA, Solver, invert, report
+from .solvers.base import check_solver
+from .solvers.damping import check_number
+
+InfluenceType = InfluenceMode
+Loss = Objective | LossOnly | LossFunction
+
+# Eigenpairs that `InversionMethod.Arnoldi` asks for.
+DEFAULT_RANK = 10
+
+
+class InversionMethod(enum.StrEnum):
+    """Which solver inverts the curvature, by name; a solver itself may be given instead."""
+
+    Direct = "direct"
+    Cg = "cg"
+    Lissa = "lissa"
+    Arnoldi = "arnoldi"
+
+
+class InverseHvpResult(NamedTuple):
+    """Influence factors, leaves `(Q, *leaf)`, and how their solves went."""
+
+    x: PyTree
+    info: Info
+
+
+def compute_influence_factors(
+    objective: Loss,
+    params: PyTree,
+    training_data: Any,
+    test_data: Any,
+    inversion_method: InversionMethod | str | Solver,
+    *,
+    hessian_perturbation: float = 0.0,
+    curvature: Callable[[Any, PyTree, PyTree], LinearOperator] = Hessian,
+    key: Key | None = None,
+    progress: bool = False,
+    throw: bool = False,
+) -> InverseHvpResult:
+    r"""Factors $(C + \lambda I)^{-1} \nabla\ell_q$ for every test example.
+
+    Args:
+      objective: Loss of one example.
+      params: Trained parameters.
+      training_data: What the curvature is the mean over; gathered in memory.
+      test_data: The queries; a loader is read batch by batch.
+      inversion_method: An `InversionMethod`, or a solver that brings its own damping.
+      hessian_perturbation: Damping $\lambda$ of a method given by name.
+      curvature: `(objective, params, data) -> LinearOperator`.
+      key: For methods that draw random numbers (LiSSA's scale, Arnoldi).
+      progress: Whether to show a bar over the batches of test data.
+      throw: Raise a `ConvergenceError` where a solve does not converge, instead of warning.
+
+    Returns:
+      `InverseHvpResult(x, info)`, leaves `(Q, *leaf)` and `(Q,)`.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form; if a solver is given together with a perturbation.
+      ConvergenceError: If asked for.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> data = jnp.array([1.0, 3.0])
+      >>> result = ij.compute_influence_factors(f, {"w": jnp.array(1.0)}, data, data, ij.InversionMethod.Direct)
+      >>> result.x["w"].round(2).tolist()
+      [0.2, 1.8]
+    """
+    solver = as_solver(inversion_method, hessian_perturbation, params)
+    op = curvature(objective, params, stream.gather(training_data, "training_data"))
+    inverse = invert(op, solver, key=key)
+    influence = Influence(objective, params, inverse)
+    results = []
+    for query in track(
+        stream.batches(test_data, "test_data"), "test batches", stream.count_batches(test_data), show=progress
+    ):
+        factors, info = _factors(influence, query)
+        report(info, inverse, throw)
+        results.append((factors, info))
+    if not results:
+        raise ValueError("test_data: is empty, expected at least one batch")
+    return InverseHvpResult(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *results))
+
+
+def compute_influences_up(
+    objective: Loss, params: PyTree, input_data: Any, influence_factors: PyTree, *, progress: bool = False
+) -> Array:
+    r"""Influence of up-weighting every input example, $\langle x_q, \nabla\ell_i\rangle$.
+
+    Args:
+      objective: Loss of one example.
+      params: Trained parameters.
+      input_data: The examples asked about; a loader is read batch by batch.
+      influence_factors: From `compute_influence_factors`, or their tree.
+      progress: Whether to show a bar.
+
+    Returns:
+      `(Q, N)`, positive = helpful.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+    """
+    return _from_factors(objective, params, input_data, influence_factors, InfluenceMode.Up, "x", progress)
+
+
+def compute_influences_pert(
+    objective: Loss,
+    params: PyTree,
+    input_data: Any,
+    influence_factors: PyTree,
+    *,
+    wrt: str | int = "x",
+    progress: bool = False,
+) -> PyTree:
+    r"""Influence of perturbing every input example, $\partial_{x_i}\langle x_q, \nabla\ell_i\rangle$.
+
+    Args:
+      objective: Loss of one example.
+      params: Trained parameters.
+      input_data: The examples asked about; a loader is read batch by batch.
+      influence_factors: From `compute_influence_factors`, or their tree.
+      wrt: The perturbed part of an example.
+      progress: Whether to show a bar.
+
+    Returns:
+      `(Q, N, *x.shape)`.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+    """
+    return _from_factors(objective, params, input_data, influence_factors, InfluenceMode.Perturbation, wrt, progress)
+
+
+def compute_influences(
+    objective: Loss,
+    params: PyTree,
+    training_data: Any,
+    *,
+    test_data: Any = None,
+    input_data: Any = None,
+    inversion_method: InversionMethod | str | Solver = InversionMethod.Direct,
+    influence_type: InfluenceType | str = InfluenceType.Up,
+    hessian_regularization: float = 0.0,
+    curvature: Callable[[Any, PyTree, PyTree], LinearOperator] = Hessian,
+    wrt: str | int = "x",
+    key: Key | None = None,
+    progress: bool = False,
+    throw: bool = False,
+) -> PyTree:
+    r"""Influence of every input example on every test example, in one call.
+
+    Args:
+      objective: Loss of one example.
+      params: Trained parameters.
+      training_data: What the curvature is the mean over.
+      test_data: The queries; the training data if None.
+      input_data: The examples asked about; the training data if None.
+      inversion_method: An `InversionMethod`, or a solver that brings its own damping.
+      influence_type: `"up"` or `"perturbation"`.
+      hessian_regularization: Damping $\lambda$ of a method given by name.
+      curvature: `(objective, params, data) -> LinearOperator`.
+      wrt: The perturbed part of an example.
+      key: For methods that draw random numbers.
+      progress: Whether to show bars.
+      throw: Raise a `ConvergenceError` where a solve does not converge, instead of warning.
+
+    Returns:
+      `(Q, N)`, or `(Q, N, *x.shape)` for perturbation; positive = helpful.
+
+    Raises:
+      TypeError, ValueError: If an argument is not of that form.
+      ConvergenceError: If asked for.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> ij.compute_influences(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).round(2).tolist()
+      [[0.2, 1.8], [1.8, 16.2]]
+    """
+    influence_type = as_mode(influence_type)
+    factors = compute_influence_factors(
+        objective,
+        params,
+        training_data,
+        training_data if test_data is None else test_data,
+        inversion_method,
+        hessian_perturbation=hessian_regularization,
+        curvature=curvature,
+        key=key,
+        progress=progress,
+        throw=throw,
+    )
+    asked = training_data if input_data is None else input_data
+    return _from_factors(objective, params, asked, factors, influence_type, wrt, progress)
+
+
+def as_solver(method: InversionMethod | str | Solver, damping: float, params: PyTree) -> Solver:
+    """The solver for a method's name, or the solver itself.
+
+    Raises:
+      ValueError: If there is no such method, or a solver comes together with a damping.
+      TypeError: If it is neither.
+    """
+    check_number(damping, "hessian_regularization")
+    if isinstance(method, str):
+        makers = {
+            InversionMethod.Direct: Direct,
+            InversionMethod.Cg: CG,
+            InversionMethod.Lissa: LiSSA,
+            InversionMethod.Arnoldi: lambda damping: Arnoldi(damping, rank=min(DEFAULT_RANK, tree.size(params))),
+        }
+        if method not in makers:
+            raise ValueError(f"inversion_method: got {method!r}, expected one of {[str(m) for m in InversionMethod]}")
+        return makers[InversionMethod(method)](damping)
+    check_solver(method)
+    if damping != 0:
+        raise ValueError(
+            f"hessian_regularization: got {damping} together with {method!r}, which has a damping of its own; "
+            "give it there"
+        )
+    return method
+
+
+def _from_factors(
+    objective: Loss,
+    params: PyTree,
+    input_data: Any,
+    factors: PyTree,
+    mode: InfluenceMode,
+    wrt: str | int,
+    progress: bool,
+) -> PyTree:
+    factors = factors.x if isinstance(factors, InverseHvpResult) else factors
+    influence = Influence(objective, params, Identity(params))
+    parts = [
+        influence.influences_from_factors(factors, batch, mode, wrt=wrt)
+        for batch in track(
+            stream.batches(input_data, "input_data"), "input batches", stream.count_batches(input_data), show=progress
+        )
+    ]
+    if not parts:
+        raise ValueError("input_data: is empty, expected at least one batch")
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)

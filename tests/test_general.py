@@ -1,0 +1,179 @@
+"""The one-call functions, averages over batches, certificates, and errors instead of warnings."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error, tree_error
+
+import influence_jax as ij
+
+OBJECTIVE = helpers.CLASSIFICATION
+PARAMS = helpers.random_mlp(jax.random.key(0))
+TRAIN = helpers.random_batch(jax.random.key(1), 17, 5, 3, classes=True)
+QUERY = helpers.random_batch(jax.random.key(2), 6, 5, 3, classes=True)
+DAMPING = 0.9  # above the Hessian's smallest eigenvalue
+KEY = jax.random.key(3)
+
+
+def split(batch, *ends):
+    return [ij.Batch(x, y) for x, y in zip(jnp.split(batch.x, ends), jnp.split(batch.y, ends), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """What `hessian_regularization=DAMPING` asks for."""
+    hessian = ij.Hessian(OBJECTIVE, PARAMS, TRAIN)
+    return ij.Influence(OBJECTIVE, PARAMS, ij.invert(hessian, ij.Direct(DAMPING)))
+
+
+class TestGeneral:
+    @pytest.mark.parametrize(
+        ("method", "tolerance"),
+        [("direct", 1e-12), (ij.InversionMethod.Cg, 1e-4), ("lissa", 1e-2), (ij.InversionMethod.Arnoldi, 0.3)],
+    )
+    def test_methods(self, exact, method, tolerance):
+        options = {"inversion_method": method, "hessian_regularization": DAMPING, "key": KEY}
+        scores = ij.compute_influences(OBJECTIVE, PARAMS, TRAIN, test_data=QUERY, **options)
+        assert relative_error(scores, exact.influences(QUERY, TRAIN)) < tolerance
+        own = ij.compute_influences(OBJECTIVE, PARAMS, TRAIN, **options)
+        assert own.shape == (17, 17)
+
+    @pytest.mark.parametrize("kind", ["up", ij.InfluenceType.Perturbation])
+    def test_three_roles_in_batches_with_bars(self, exact, kind, capsys):
+        """Training, test and input data are kept apart, each as a batch or as a ragged loader."""
+        inputs = helpers.random_batch(jax.random.key(4), 9, 5, 3, classes=True)
+        scores = ij.compute_influences(
+            OBJECTIVE,
+            PARAMS,
+            split(TRAIN, 7, 15),
+            test_data=split(QUERY, 4),
+            input_data=split(inputs, 2, 6),
+            inversion_method=ij.Direct(DAMPING),
+            influence_type=kind,
+            progress=True,
+        )
+        assert relative_error(scores, exact.influences(QUERY, inputs, str(kind))) < 1e-12
+        assert "100%" in capsys.readouterr().out
+
+    def test_in_two_steps(self, exact):
+        result = ij.compute_influence_factors(
+            OBJECTIVE, PARAMS, TRAIN, QUERY, ij.InversionMethod.Direct, hessian_perturbation=DAMPING
+        )
+        assert tree_error(result.x, exact.influence_factors(QUERY)) < 1e-12
+        assert result.info.converged.shape == (6,)
+        for factors in (result, result.x):
+            up = ij.compute_influences_up(OBJECTIVE, PARAMS, TRAIN, factors)
+            assert relative_error(up, exact.influences(QUERY, TRAIN)) < 1e-12
+        perturbed = ij.compute_influences_pert(OBJECTIVE, PARAMS, TRAIN, result)
+        assert relative_error(perturbed, exact.influences(QUERY, TRAIN, "perturbation")) < 1e-12
+
+    @pytest.mark.parametrize(
+        ("options", "error", "words"),
+        [
+            ({"inversion_method": "newton"}, ValueError, "inversion_method: got 'newton'.*'direct', 'cg'"),
+            ({"inversion_method": ij.CG(0.1), "hessian_regularization": 0.1}, ValueError, "damping of its own"),
+            ({"inversion_method": 3}, TypeError, "solver: got 3"),
+            ({"hessian_regularization": -1.0}, ValueError, "hessian_regularization: got -1.0"),
+            ({"influence_type": "down"}, ValueError, "mode: got 'down'.*'up', 'perturbation'"),
+            ({"test_data": iter([QUERY])}, TypeError, "test_data: got the one-shot iterator"),
+            ({"test_data": []}, ValueError, "test_data: is empty"),
+            ({"input_data": 3, "hessian_regularization": DAMPING}, TypeError, "input_data: got a int"),
+            ({"inversion_method": "arnoldi", "hessian_regularization": 0.1}, ValueError, "key: Arnoldi"),
+        ],
+    )
+    def test_mistakes(self, options, error, words):
+        with pytest.raises(error, match=words):
+            ij.compute_influences(OBJECTIVE, PARAMS, TRAIN, **options)
+
+
+def test_an_error_instead_of_a_warning():
+    options = {"inversion_method": ij.CG(1e-4, max_steps=1), "curvature": ij.GGN}
+    with pytest.warns(ij.ConvergenceWarning, match="17 of 17 solves did not converge"):
+        ij.compute_influences(OBJECTIVE, PARAMS, TRAIN, **options)
+    with pytest.raises(ij.ConvergenceError, match=r"CG\(.*17 of 17 solves did not converge \(worst.*raise the damping"):
+        ij.compute_influences(OBJECTIVE, PARAMS, TRAIN, throw=True, **options)
+    model = ij.InfluenceFunctionModel(OBJECTIVE, PARAMS, solver=options["inversion_method"], throw=True)
+    with pytest.raises(ij.ConvergenceError, match="GGN"):
+        model.fit(TRAIN).self_influences(TRAIN)
+
+
+class TestAccumulate:
+    def test_b2_averages_by_points(self):
+        """However the data are cut, the mean is that over examples, for one vector and for a stack."""
+        whole, v = ij.GGN(OBJECTIVE, PARAMS, TRAIN), helpers.random_like(KEY, PARAMS)
+        stack = helpers.random_like(KEY, PARAMS, 4)
+        for loader in ([TRAIN], split(TRAIN, 1, 9), split(TRAIN, 8)):
+            product = ij.stream.accumulate(lambda batch: ij.GGN(OBJECTIVE, PARAMS, batch).mv(v), loader)
+            assert tree_error(product, whole.mv(v)) < 1e-12
+            products = ij.stream.accumulate(lambda batch: ij.GGN(OBJECTIVE, PARAMS, batch).mm(stack), loader)
+            assert tree_error(products, whole.mm(stack)) < 1e-12
+
+    def test_b1_b3_empirical_fisher_inverse(self):
+        """pyDVL's Gauss-Newton factors depend on the batches, or are infinite for one; these do neither."""
+        grads = np.asarray(ij.flatten(ij.per_example_grads(OBJECTIVE, PARAMS, TRAIN), PARAMS))
+        expected = np.linalg.solve(grads.T @ grads / 17 + 0.1 * np.eye(39), grads.T).T @ grads.T
+        for solver in (ij.Direct(0.1), ij.CG(0.1, rtol=1e-12), ij.BlockCG(0.1, rtol=1e-12), ij.SampleSpace(0.1)):
+            for training in (TRAIN, split(TRAIN, 9)):
+                options = {"inversion_method": solver, "curvature": ij.EmpiricalFisher, "input_data": TRAIN}
+                scores = ij.compute_influences(OBJECTIVE, PARAMS, training, test_data=TRAIN, **options)
+                assert relative_error(scores, expected) < 1e-9
+
+    def test_averages_by_chunks(self):
+        loader = [jnp.array([1.0, 2.0, 3.0]), jnp.array([6.0])]
+        mean = lambda batch: jnp.mean(batch)
+        assert float(ij.stream.accumulate(mean, loader, ij.ChunkAveraging())) == 4.0
+        assert float(ij.stream.accumulate(mean, loader, ij.PointAveraging())) == 3.0
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ((iter([TRAIN]),), TypeError, "loader: got the one-shot iterator"),
+            (([],), ValueError, "loader: is empty"),
+            ((3,), TypeError, "loader: got a int"),
+            (([TRAIN], "points"), TypeError, r"averaging: got 'points', expected PointAveraging\(\)"),
+        ],
+    )
+    def test_mistakes(self, arguments, error, words):
+        with pytest.raises(error, match=words):
+            ij.stream.accumulate(len, *arguments)
+
+
+class TestBounds:
+    @pytest.mark.parametrize("blocks", [ij.full, ij.by_layer])
+    @pytest.mark.parametrize(
+        "solver",
+        [ij.CG(0.05, max_steps=4), ij.BlockCG(0.05, max_steps=2), ij.Arnoldi(0.05, rank=4), ij.Jacobi(0.05)],
+    )
+    def test_hold_against_the_exact_scores(self, solver, blocks):
+        op = ij.GGN(OBJECTIVE, PARAMS, TRAIN)
+        exact = ij.Influence(OBJECTIVE, PARAMS, ij.invert(op, ij.Blockwise(ij.Direct(0.05), blocks)))
+        inverse = ij.invert(op, ij.Blockwise(solver, blocks), key=KEY)
+        scores, bounds, info = ij.score_bounds(ij.Influence(OBJECTIVE, PARAMS, inverse), QUERY, TRAIN)
+        missed = jnp.abs(scores - exact.influences(QUERY, TRAIN))
+        assert jnp.all(missed <= bounds * (1 + 1e-9))
+        assert jnp.max(missed / bounds) > 1e-3, "a bound that is never approached says little"
+        assert info.residual.shape == (6,)
+
+    def test_indefinite(self):
+        """NaN unless the smallest eigenvalue is told, and where it is too small."""
+        op = ij.Hessian(OBJECTIVE, PARAMS, TRAIN)
+        lowest = np.linalg.eigvalsh(np.asarray(ij.to_dense(op)))[0]
+        influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(op, ij.CG(DAMPING, max_steps=3)))
+        exact = ij.Influence(OBJECTIVE, PARAMS, ij.invert(op, ij.Direct(DAMPING))).influences(QUERY, TRAIN)
+        assert jnp.all(jnp.isnan(ij.score_bounds(influence, QUERY, TRAIN)[1]))
+        scores, bounds, _ = ij.score_bounds(influence, QUERY, TRAIN, lambda_min=lowest)
+        assert jnp.all(jnp.abs(scores - exact) <= bounds)
+        assert jnp.all(jnp.isnan(ij.score_bounds(influence, QUERY, TRAIN, lambda_min=-2 * DAMPING)[1]))
+
+    @pytest.mark.parametrize(
+        ("influence", "words"),
+        [
+            ("mine", "influence: got a str"),
+            (ij.Influence(OBJECTIVE, PARAMS, ij.Identity(PARAMS)), "expected an Inverse"),
+        ],
+    )
+    def test_mistakes(self, influence, words):
+        with pytest.raises(TypeError, match=words):
+            ij.score_bounds(influence, QUERY, TRAIN)

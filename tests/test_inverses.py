@@ -1,0 +1,335 @@
+"""Iterative, low-rank and closed-form inverses, against the dense damped inverse."""
+
+from functools import partial
+
+import helpers
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+
+import influence_jax as ij
+
+OBJECTIVE = helpers.CLASSIFICATION
+PARAMS = helpers.random_mlp(jax.random.key(0))
+DATA = helpers.random_batch(jax.random.key(1), 17, 5, 3, classes=True)
+WEIGHTS = jnp.linspace(0.5, 2.0, 17)
+KEY = jax.random.key(7)
+DAMPING = 0.02
+GGN = ij.GGN(OBJECTIVE, PARAMS, DATA)
+HESSIAN = ij.Hessian(OBJECTIVE, PARAMS, DATA)
+EMPIRICAL = ij.EmpiricalFisher(OBJECTIVE, PARAMS, DATA, weights=WEIGHTS)
+SIZE = GGN.size
+V = helpers.random_like(jax.random.key(3), PARAMS, 5)
+
+
+def flat(tree):
+    return np.asarray(ij.flatten(tree, PARAMS))
+
+
+def exact(op, V, damping=DAMPING):
+    return np.linalg.solve(np.asarray(ij.to_dense(op)) + damping * np.eye(op.size), flat(V).T).T
+
+
+def error(op, solver, expected=None):
+    solved, info = ij.invert(op, solver, key=KEY).solve_many(V)
+    return relative_error(flat(solved), exact(op, V) if expected is None else expected), info
+
+
+def from_spectrum(values):
+    """A dense operator with those eigenvalues in a random basis, and its eigenvectors."""
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
+    return ij.LowRank({"w": jnp.asarray(basis.T)}, jnp.asarray(values)), basis
+
+
+EXACT = {
+    "BlockCG": ij.BlockCG(DAMPING, rtol=1e-12),
+    "BlockCG in blocks": ij.BlockCG(DAMPING, rtol=1e-12, block_size=2),
+    "LiSSA": ij.LiSSA(DAMPING, rtol=1e-11, depth=5000),
+    "Arnoldi": ij.Arnoldi(DAMPING, rank=SIZE),
+    "Nystrom": ij.Nystrom(DAMPING, rank=SIZE),
+    "SampleSpace": ij.SampleSpace(DAMPING),
+    "CG with Nystrom": ij.CG(DAMPING, rtol=1e-12, preconditioner=ij.Nystrom(DAMPING, rank=9)),
+    "CG with Jacobi": ij.CG(DAMPING, rtol=1e-12, preconditioner=ij.Jacobi(DAMPING)),
+    "CG with Jacobi by Hutchinson": ij.CG(DAMPING, rtol=1e-12, preconditioner=ij.Jacobi(DAMPING, probes=20)),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_equals_the_dense_inverse(name):
+    op, solver = EMPIRICAL if name in ("BlockCG in blocks", "Arnoldi", "CG with Jacobi") else GGN, EXACT[name]
+    wrong, info = error(op, solver)
+    assert wrong < 1e-8
+    assert bool(jnp.all(info.converged))
+    assert info.residual.shape == info.steps.shape == (5,)
+    assert jnp.max(info.residual) < 1e-8
+    inverse = ij.invert(op, solver, key=KEY)
+    moved = inverse.with_damping(0.3).solve(helpers.random_like(jax.random.key(3), PARAMS))[0]
+    single = jax.tree.map(lambda x: x[None], helpers.random_like(jax.random.key(3), PARAMS))
+    if "CG with" not in name:  # a preconditioner keeps its own damping
+        assert relative_error(flat(moved), exact(op, single, 0.3)[0]) < 1e-7
+
+
+class TestBlockCG:
+    def test_needs_fewer_steps_than_cg(self):
+        op, _ = from_spectrum(np.linspace(0.0, 1.0, 60))
+        V = {"w": jax.random.normal(KEY, (20, 60))}
+        together = ij.invert(op, ij.BlockCG(1e-3, rtol=1e-8)).solve_many(V)[1]
+        alone = ij.invert(op, ij.CG(1e-3, rtol=1e-8)).solve_many(V)[1]
+        assert jnp.max(together.steps) <= 5 < 30 < jnp.min(alone.steps)
+        assert jnp.all(together.converged & alone.converged)
+
+    @hypothesis.given(st.lists(st.integers(0, 4), min_size=9, max_size=9), st.integers(-12, 12))
+    def test_dependent_right_hand_sides(self, picks, exponent):
+        """Zero, duplicated, opposite and tiny right-hand sides, and more of them than parameters, are no trouble."""
+        op, _ = from_spectrum(np.linspace(0.1, 1.0, 6))
+        base = np.random.default_rng(1).normal(size=(2, 6))
+        choices = np.stack([base[0], base[1], -base[0], np.zeros(6), base[0] * 10.0**exponent])
+        rhs = choices[np.array(picks)]
+        inverse = ij.invert(op, ij.BlockCG(0.1, rtol=1e-12))
+        solved, info = inverse.solve_many({"w": jnp.asarray(rhs)})
+        expected = np.linalg.solve(np.asarray(ij.to_dense(op)) + 0.1 * np.eye(6), rhs.T).T
+        scale = np.maximum(np.linalg.norm(expected, axis=1), 1e-300)
+        assert np.max(np.linalg.norm(np.asarray(solved["w"]) - expected, axis=1) / scale) < 1e-9
+        assert bool(jnp.all(info.converged))
+        assert info.steps[np.array(picks) == 3].tolist() == [0] * picks.count(3)
+
+    def test_singular_but_consistent(self):
+        op, basis = from_spectrum(np.concatenate([np.zeros(3), np.linspace(0.5, 1.0, 5)]))
+        rhs = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5)) @ basis.T[3:])
+        solved, info = ij.invert(op, ij.BlockCG(0.0, rtol=1e-10)).solve_many({"w": rhs})
+        assert relative_error(solved["w"] @ np.asarray(ij.to_dense(op)), rhs) < 1e-8
+        assert bool(jnp.all(info.converged))
+
+    def test_indefinite_is_reported(self):
+        _, info = error(HESSIAN, ij.BlockCG(1e-3))
+        assert not jnp.any(info.converged)
+        assert jnp.all(info.min_curvature < 0)
+
+    def test_not_a_number_is_reported(self):
+        broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), V)
+        solved, info = ij.invert(GGN, ij.BlockCG(DAMPING)).solve_many(broken)
+        assert not info.converged[1]
+        assert bool(jnp.isnan(flat(solved)[1]).all())
+
+    def test_float32(self, float32):
+        """Single precision reaches its default tolerance, as far as it lets a residual be known."""
+        basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(200, 200)))
+        op = ij.LowRank({"w": jnp.asarray(basis.T, jnp.float32)}, jnp.asarray(np.logspace(-6, 0, 200), jnp.float32))
+        _, info = ij.invert(op, ij.BlockCG(1e-2)).solve_many({"w": jax.random.normal(KEY, (30, 200), jnp.float32)})
+        assert bool(jnp.all(info.converged))
+        assert jnp.max(info.residual) < 2e-5
+
+
+class TestLiSSA:
+    """`test_b17`, `test_b18` are pyDVL's defects of those numbers."""
+
+    def test_b17_dead_parameters(self):
+        """A parameter without gradient and curvature keeps its zero and stops nothing."""
+        op = ij.Diagonal({"w": jnp.array([1.0, 0.0, 2.0])})
+        solved, info = ij.invert(op, ij.LiSSA(0.5, scale=3.0, rtol=1e-10)).solve({"w": jnp.array([3.0, 0.0, 5.0])})
+        assert relative_error(solved["w"], [2.0, 0.0, 2.0]) < 1e-9
+        assert bool(info.converged)
+        assert info.steps < 1000
+
+    def test_b18_divergence_is_stopped_and_reported(self):
+        op = ij.Diagonal({"w": jnp.array([1.0, 100.0])})
+        solved, info = ij.invert(op, ij.LiSSA(0.1, scale=1.0)).solve({"w": jnp.ones(2)})
+        assert not info.converged
+        assert info.steps < 50
+        assert jnp.all(jnp.abs(solved["w"]) < 1e6)
+
+    def test_minibatches_average_to_the_inverse(self):
+        solver = ij.LiSSA(0.1, scale=8.0, depth=400, batch_size=6, repeats=16, rtol=0.1)
+        wrong, info = error(GGN, solver, exact(GGN, V, 0.1))
+        assert 1e-4 < wrong < 0.1
+        assert jnp.all((info.standard_error > 1e-4) & (info.standard_error < 0.1))
+        assert not ij.invert(GGN, solver, key=KEY).symmetric
+        again = ij.invert(GGN, solver, key=jax.random.key(8)).solve_many(V)[0]
+        assert relative_error(flat(again), exact(GGN, V, 0.1)) < 0.1
+        spread = np.linalg.norm(flat(again) - flat(ij.invert(GGN, solver, key=KEY).solve_many(V)[0]), axis=1)
+        expected = np.asarray(info.standard_error) * np.linalg.norm(exact(GGN, V, 0.1), axis=1) * 2**0.5
+        assert np.all((spread > 0.3 * expected) & (spread < 3 * expected))
+
+    def test_one_chain_knows_no_error(self):
+        _, info = error(GGN, ij.LiSSA(0.1, scale=8.0, depth=5, batch_size=6))
+        assert jnp.all(jnp.isnan(info.standard_error))
+
+
+class TestLowRank:
+    def test_top_eigenvalues(self):
+        """Sixty steps on 100 eigenvalues over four decades find the ten largest to 1e-6."""
+        values = 10 ** np.linspace(-2, 2, 100)
+        op, _ = from_spectrum(values)
+        pairs = ij.invert(op, ij.Arnoldi(1.0, rank=10, steps=60), key=KEY).state.pairs
+        assert np.max(np.abs(np.sort(pairs.values)[::-1] / values[::-1][:10] - 1)) < 1e-6
+
+    @pytest.mark.parametrize("solver", [partial(ij.Arnoldi, steps=100), ij.Nystrom])
+    @pytest.mark.parametrize("rank", [5, 20])
+    def test_error_is_bounded_by_the_next_eigenvalue(self, solver, rank):
+        """Of Arnoldi by the next eigenvalue, of Nystrom by a small multiple of the eigenvalues that follow."""
+        values, damping = 10 ** np.linspace(-3, 1, 100)[::-1], 0.1
+        op, _ = from_spectrum(values)
+        dense = np.linalg.inv(np.asarray(ij.to_dense(op)) + damping * np.eye(100))
+        got = np.asarray(ij.to_dense(ij.invert(op, solver(damping, rank=rank), key=KEY)))
+        bound = values[rank] / damping if solver is not ij.Nystrom else 3 * np.sum(values[rank:]) / damping
+        assert np.linalg.norm(got - dense, 2) <= bound * np.linalg.norm(dense, 2)
+
+    def test_repeated_eigenvalues_need_restarts(self):
+        """The Krylov space of a multiple of the identity is one vector; all of it is found all the same."""
+        op = ij.Diagonal({"w": jnp.array([2.0, 2.0, 2.0, 5.0, 5.0, 0.0])})
+        inverse = ij.invert(op, ij.Arnoldi(1.0, rank=6), key=KEY)
+        assert relative_error(np.sort(inverse.state.pairs.values), [0, 2, 2, 2, 5, 5]) < 1e-12
+        assert relative_error(ij.to_dense(inverse), jnp.diag(1 / jnp.array([3.0, 3, 3, 6, 6, 1]))) < 1e-12
+
+    def test_indefinite(self):
+        """Arnoldi keeps signs and is exact at full rank; Nystrom, for positive operators only, says so."""
+        wrong, info = error(HESSIAN, ij.Arnoldi(DAMPING, rank=SIZE))
+        assert wrong < 1e-9
+        lowest = np.linalg.eigvalsh(np.asarray(ij.to_dense(HESSIAN)))[0]
+        assert relative_error(info.min_curvature, np.full(5, lowest + DAMPING)) < 1e-8
+        _, info = error(HESSIAN, ij.Nystrom(DAMPING, rank=20))
+        assert not jnp.any(info.converged)
+        assert jnp.all(info.min_curvature < 0)
+
+    def test_without_complement(self):
+        op, basis = from_spectrum(np.arange(1.0, 9.0))
+        inverse = ij.invert(op, ij.Arnoldi(1.0, rank=3, steps=8, complement=False), key=KEY)
+        top = basis[:, 5:]
+        assert relative_error(ij.to_dense(inverse), top @ np.diag(1 / np.array([7.0, 8, 9])) @ top.T) < 1e-10
+
+    def test_preconditioning_pays(self):
+        op, _ = from_spectrum(np.concatenate([np.logspace(3, 0, 20), np.full(180, 1e-3)]))
+        rhs = {"w": jax.random.normal(KEY, (200,))}
+        steps = [
+            int(ij.invert(op, ij.CG(1e-2, preconditioner=p), key=KEY).solve(rhs)[1].steps)
+            for p in (None, ij.Nystrom(1e-2, rank=40))
+        ]
+        assert steps[1] * 4 <= steps[0]
+
+
+class TestJacobi:
+    def test_b5_the_preconditioner_is_used(self):
+        op = ij.Diagonal({"w": jnp.logspace(-3, 3, 50)})
+        rhs = {"w": jax.random.normal(KEY, (50,))}
+        plain, jacobi = (
+            int(ij.invert(op, ij.CG(1e-4, preconditioner=p)).solve(rhs)[1].steps) for p in (None, ij.Jacobi(1e-4))
+        )
+        assert jacobi <= 2 < 20 < plain
+
+    def test_is_positive_whatever_the_operator(self):
+        for op in (HESSIAN, ij.Diagonal(jax.tree.map(jnp.zeros_like, PARAMS))):
+            dense = ij.to_dense(ij.invert(op, ij.Jacobi(0.0, probes=3), key=KEY))
+            assert jnp.min(jnp.diag(dense)) > 0
+            assert jnp.all(jnp.isfinite(dense))
+
+    def test_hutchinson(self):
+        exactly, estimate = (ij.invert(GGN, ij.Jacobi(probes=p), key=KEY).state.entries for p in (None, 2000))
+        assert relative_error(flat(estimate), flat(exactly)) < 0.1
+
+
+class TestHarmonicMean:
+    @pytest.mark.parametrize("weights", [None, WEIGHTS])
+    @pytest.mark.parametrize("chunk", [None, 4])
+    def test_closed_form(self, weights, chunk):
+        op = ij.EmpiricalFisher(OBJECTIVE, PARAMS, DATA, weights=weights, chunk=chunk)
+        grads = flat(ij.per_example_grads(OBJECTIVE, PARAMS, DATA))
+        shares = np.ones(17) / 17 if weights is None else np.asarray(weights / weights.sum())
+        each = [np.linalg.inv(np.outer(g, g) + DAMPING * np.eye(SIZE)) for g in grads]
+        expected = flat(V) @ np.einsum("n,nij->ij", shares, each)
+        wrong, info = error(op, ij.HarmonicMean(DAMPING), expected)
+        assert wrong < 1e-10
+        assert bool(jnp.all(info.converged))
+        assert jnp.min(info.residual) > 0.1, "it is not the damped inverse, and does not pretend to be"
+
+    def test_b3_solutions_do_not_depend_on_their_batch(self):
+        inverse = ij.invert(EMPIRICAL, ij.HarmonicMean(DAMPING))
+        together = flat(inverse.solve_many(V)[0])
+        alone = flat(inverse.solve(jax.tree.map(lambda x: x[2], V))[0])
+        assert relative_error(alone, together[2]) < 1e-12
+
+    def test_by_block(self):
+        solver = ij.Blockwise(ij.HarmonicMean(DAMPING))
+        solved = ij.invert(EMPIRICAL, solver).solve_many(V)[0]
+        for name in ("layer0", "layer1"):
+            block = ij.restrict(EMPIRICAL, (f"{name}/bias", f"{name}/kernel"))
+            part = {f"{name}/{leaf}": V[name][leaf] for leaf in ("bias", "kernel")}
+            alone = ij.invert(block, ij.HarmonicMean(DAMPING)).solve_many(part)[0]
+            assert relative_error(solved[name]["kernel"], alone[f"{name}/kernel"]) < 1e-12
+
+
+class TestSampleSpace:
+    @pytest.mark.parametrize("chunk", [1, 4, None])
+    def test_chunks(self, chunk):
+        op = ij.GGN(OBJECTIVE, PARAMS, DATA, weights=WEIGHTS, chunk=chunk)
+        assert error(op, ij.SampleSpace(DAMPING))[0] < 1e-8
+
+    def test_fisher(self):
+        op = ij.Fisher(OBJECTIVE, PARAMS, DATA, key=KEY, samples=2)
+        assert error(op, ij.SampleSpace(DAMPING))[0] < 1e-8
+
+
+DIFFERENTIABLE = {
+    "BlockCG": ij.BlockCG(0.1, rtol=1e-13),
+    "LiSSA": ij.LiSSA(0.1, scale=4.0, rtol=1e-12, depth=3000),
+    "SampleSpace": ij.SampleSpace(0.1),
+    "HarmonicMean": ij.HarmonicMean(0.1),
+    "Arnoldi": ij.Arnoldi(0.1, rank=6),
+    "Nystrom": ij.Nystrom(0.1, rank=6),
+    "Jacobi": ij.Jacobi(0.1),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_derivatives(name):
+    """In damping for all; in the parameters too where the solver is exact or in closed form."""
+    step, through = helpers.random_like(jax.random.key(9), PARAMS), DIFFERENTIABLE[name]
+    v = jax.tree.map(lambda x: x[0], V)
+    fitted = ij.invert(EMPIRICAL, through, key=KEY)
+
+    @jax.jit
+    def quadratic(t, damping):
+        params = jax.tree.map(lambda p, s: p + t * s, PARAMS, step)
+        op = ij.EmpiricalFisher(OBJECTIVE, params, DATA, weights=WEIGHTS)
+        inverse = ij.invert(op, through, key=KEY) if name not in ("Arnoldi", "Nystrom", "Jacobi") else fitted
+        x = inverse.with_damping(damping).solve(v)[0]
+        return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(x), strict=True))
+
+    in_params, in_damping = jax.grad(quadratic, argnums=(0, 1))(0.0, 0.1)
+    difference = lambda h, k: (quadratic(h, 0.1 + k) - quadratic(-h, 0.1 - k)) / 2e-5
+    assert relative_error(in_damping, difference(0.0, 1e-5)) < 1e-6
+    if fitted.solver is through and name in ("BlockCG", "LiSSA", "SampleSpace", "HarmonicMean"):
+        assert relative_error(in_params, difference(1e-5, 0.0)) < 1e-6
+
+
+class TestSpectrum:
+    def test_against_the_eigenvalues(self):
+        values = np.linspace(0.5, 3.0, 40)
+        op, _ = from_spectrum(values)
+        ritz = ij.spectrum(op, 40, key=KEY, probes=3)
+        assert relative_error(ritz.largest[0], 3.0) < 1e-10
+        assert relative_error(ritz.smallest[0], 0.5) < 1e-10
+        dimension, spread = ritz.effective_dimension(0.3)
+        assert abs(float(dimension) - np.sum(values / (values + 0.3))) < 4 * float(spread) + 0.5
+        points = np.linspace(-1, 5, 601)
+        assert abs(np.trapezoid(np.asarray(ritz.density(points, 0.1)), points) - 1) < 1e-3
+
+    def test_residuals_bound_the_distance_to_an_eigenvalue(self):
+        values = 10 ** np.linspace(-2, 2, 100)
+        op, _ = from_spectrum(values)
+        ritz = ij.spectrum(op, 20, key=KEY)
+        distance = np.min(np.abs(np.asarray(ritz.values)[0][:, None] - values[None]), axis=1)
+        assert np.all(distance <= np.asarray(ritz.residuals)[0] + 1e-10)
+
+    def test_prints_a_guide(self):
+        text = str(ij.spectrum(HESSIAN, 20, key=KEY))
+        assert "effective dimension" in text
+        assert "indefinite" in text
+        assert "39 eigenvalues" in text
+
+    def test_one_probe_knows_no_error(self):
+        assert jnp.isnan(ij.spectrum(GGN, 5, key=KEY).effective_dimension(0.1)[1])
