@@ -33,6 +33,20 @@ def compiler(request):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+# Every compiled program maps memory, and Linux grants a process 65,530 maps: beyond, the compiler crashes.
+MOST_MAPS = 40_000
+
+
+@pytest.fixture(autouse=True)
+def few_programs(request):
+    """Drop compiled programs before a process holds too many; looked at after every tenth test."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    request.config.tests_run = getattr(request.config, "tests_run", 0) + 1
+    if request.config.tests_run % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def strict():
     """No silent promotion of dtypes or ranks anywhere in the library."""
