@@ -51,7 +51,7 @@ class Influence:
       measurement: What is asked of a query, `f(params, example) -> scalar`, if not its loss; e.g. a logit margin.
         Scores are then the change of the measurement, with the sign of a loss.
       chunk: Training examples handled at once; chosen from the sizes if None.
-      rhs_chunk: Factors handled at once in directional derivatives; one on CPU if None.
+      rhs_chunk: Factors handled at once in directional derivatives; four on CPU if None.
       throw: Raise a `ConvergenceError` where a solve does not converge, instead of warning.
 
     Raises:

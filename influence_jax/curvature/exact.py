@@ -93,8 +93,8 @@ class Hessian(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
-      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form.
@@ -125,8 +125,8 @@ class GGN(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, non-negative; ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
-      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, or the objective is a bare function.
@@ -171,8 +171,8 @@ class EmpiricalFisher(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, non-negative; ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
-      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form.

@@ -43,8 +43,8 @@ class Fisher(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, non-negative; ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 512, else 512.
-      rhs_chunk: Stacked vectors multiplied at once; one on CPU if None.
+      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
       key: For the labels; needed.
       samples: How many draws S per example; static.
 

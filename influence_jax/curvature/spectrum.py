@@ -64,14 +64,13 @@ def lanczos(
         basis, matrix, q, scale = carry
         basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), basis, q)
         product = tree.promote(mv(q))
-        coefficients = _coefficients(basis, product)
+        rest, coefficients = _orthogonal(basis, product)
         matrix = matrix.at[index].set(coefficients)
         scale = jnp.maximum(scale, norm(product))
-        rest = _orthogonal(basis, product)
         beta = norm(rest)
         exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
-        other = _orthogonal(basis, fresh(keys[index + 1]))
-        rest = jax.tree.map(lambda a, b: jnp.where(exhausted, b, a), rest, other)
+        another = lambda: _orthogonal(basis, fresh(keys[index + 1]))[0]
+        rest = lax.cond(exhausted, another, lambda: rest)
         length = norm(rest)
         q = tree.scale(1 / jnp.where(length > 0, length, 1), rest)
         return basis, matrix, q, scale, jnp.where(exhausted, 0, beta)
@@ -87,16 +86,16 @@ def lanczos(
     return Krylov(values, tree.combine(vectors.T, basis), jnp.abs(beta * vectors[-1]), vectors[0])
 
 
-def _coefficients(basis: PyTree, vector: PyTree) -> Array:
-    """Inner products with the rows of a stack, `(m,)`."""
-    return tree.gram(basis, tree.stack_of_one(vector))[:, 0]
+def _orthogonal(basis: PyTree, vector: PyTree) -> tuple[PyTree, Array]:
+    """The part of a vector orthogonal to orthonormal rows, and its inner products with them, `(m,)`."""
 
+    def project(vector: PyTree) -> tuple[PyTree, Array]:
+        coefficients = tree.gram(basis, tree.stack_of_one(vector))[:, 0]
+        return tree.subtract(vector, tree.only(tree.combine(coefficients[None], basis))), coefficients
 
-def _orthogonal(basis: PyTree, vector: PyTree) -> PyTree:
-    """The part of a vector orthogonal to orthonormal rows; twice, because once leaves rounding behind."""
-    for _ in range(2):
-        vector = tree.subtract(vector, tree.only(tree.combine(_coefficients(basis, vector)[None], basis)))
-    return vector
+    once, coefficients = project(vector)
+    twice, _ = project(once)  # because once leaves rounding behind
+    return twice, coefficients
 
 
 @dataclass

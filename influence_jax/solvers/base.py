@@ -35,6 +35,11 @@ class Solver(Protocol):
         """Whether the map from v to x is self-adjoint, so that solving may move to the other side of a product."""
         return True
 
+    @property
+    def approximate(self) -> bool:
+        """Whether `converged` promises no small residual, so that whoever asks for nothing else need not pay for it."""
+        return False
+
     def init(self, op: LinearOperator, *, key: Key | None = None) -> PyTree:
         """Whatever can be computed before the right-hand side is known."""
         ...
@@ -79,7 +84,8 @@ def measured(op: LinearOperator, damping: Array, X: PyTree, V: PyTree, lowest: A
     norm = tree.norms(V)
     unlimited, none = jnp.full_like(norm, jnp.inf), jnp.zeros(norm.shape, jnp.int32)
     lowest = jnp.broadcast_to(jnp.asarray(lowest, norm.dtype), norm.shape)
-    return solved(lambda Y: damped_product(op, damping, Y), X, V, unlimited, none, lowest)[1]
+    info = solved(lambda Y: damped_product(op, damping, Y), X, V, unlimited, none, lowest)[1]
+    return info._replace(converged=jnp.isfinite(tree.norms(X)))
 
 
 @dataclass
@@ -224,10 +230,12 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
 def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]:
     """The product of an operator with a stack, and how the solves within it went, if there are any.
 
-    Of several inverses in a sum, the Info is the worst of each.
+    Of several inverses in a sum, the Info is the worst of each.  An approximation is not measured: what is not asked for
+    is not computed under `jit`.
     """
     if isinstance(op, Inverse):
-        return op.solve_many(V)
+        X, info = op.solve_many(V)
+        return X, info._replace(residual=jnp.full_like(info.residual, jnp.nan)) if op.solver.approximate else info
     if isinstance(op, Scaled):
         X, info = solve_with_info(op.op, V)
         return tree.scale(op.factor, X), info

@@ -55,6 +55,10 @@ class HarmonicMean(Solver):
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
+    @property
+    def approximate(self) -> bool:
+        return True
+
     def init(self, op: LinearOperator, *, key: Key | None = None) -> HarmonicState:
         if not (isinstance(op, EmpiricalFisher) or (isinstance(op, Fisher) and op.samples == 1)):
             raise TypeError(

@@ -48,6 +48,10 @@ class LowRankSolver(Solver):
         check_damping(self.damping)
         check_positive(self.rank, "rank")
 
+    @property
+    def approximate(self) -> bool:
+        return True
+
     def apply_many(self, state: LowRankState, V: PyTree) -> tuple[PyTree, Info]:
         V = tree.promote(V)
         pairs, complement = lax.stop_gradient(state.pairs), self.complement

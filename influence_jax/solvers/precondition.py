@@ -60,6 +60,10 @@ class Jacobi(Solver):
         if self.probes is not None:
             check_positive(self.probes, "probes")
 
+    @property
+    def approximate(self) -> bool:
+        return True
+
     def init(self, op: LinearOperator, *, key: Key | None = None) -> JacobiState:
         key_damping, key_probes = (None, None) if key is None else jax.random.split(key)
         fixed = lax.stop_gradient(op)
