@@ -73,7 +73,7 @@ def held_out_loss(params, data: ij.Batch) -> jax.Array:
 @jax.jit
 def helpfulness(state: TrainState, train: ij.Batch, held_out: ij.Batch) -> tuple[jax.Array, ij.Info]:
     """How much training on each example lowers the held-out loss `(N,)`, and how the solve went."""
-    inverse = ij.invert(ij.GGN(objective, state.params, train), ij.CG(damping=0.1))
+    inverse = ij.invert(ij.GGN(objective, state.params, train), ij.BlockCG(damping=0.1))
     asked = jax.tree.map(lambda x: x[None], jax.grad(held_out_loss)(state.params, held_out))
     factors, info = inverse.solve_many(asked)
     influence = ij.Influence(objective, state.params, inverse)

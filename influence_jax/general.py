@@ -19,7 +19,7 @@ from ._typing import Array, Key, LossFunction, PyTree
 from .curvature import Hessian, Identity, LinearOperator
 from .influence import Influence, InfluenceMode, _factors, as_mode
 from .objective import LossOnly, Objective
-from .solvers import CG, Arnoldi, Direct, Info, LiSSA, Solver, invert, report
+from .solvers import Arnoldi, BlockCG, Direct, Info, LiSSA, Solver, invert, report
 from .solvers.base import check_solver
 from .solvers.damping import check_number
 
@@ -227,7 +227,7 @@ def as_solver(method: InversionMethod | str | Solver, damping: float, params: Py
     if isinstance(method, str):
         makers = {
             InversionMethod.Direct: Direct,
-            InversionMethod.Cg: CG,
+            InversionMethod.Cg: BlockCG,
             InversionMethod.Lissa: LiSSA,
             InversionMethod.Arnoldi: lambda damping: Arnoldi(damping, rank=min(DEFAULT_RANK, tree.size(params))),
         }

@@ -47,7 +47,7 @@ class Influence:
     Args:
       objective: Loss of a training example: an `Objective` or a bare `f(params, example) -> scalar`.
       params: Where the derivatives are taken, leaves `(*leaf)`.
-      inverse: The operator P, e.g. `invert(GGN(...), CG(1e-3))` or `Identity(params)`.
+      inverse: The operator P, e.g. `invert(GGN(...), BlockCG(1e-3))` or `Identity(params)`.
       measurement: What is asked of a query, `f(params, example) -> scalar`, if not its loss; e.g. a logit margin.
         Scores are then the change of the measurement, with the sign of a loss.
       chunk: Training examples handled at once; chosen from the sizes if None.

@@ -21,7 +21,7 @@ from .curvature import GGN, LinearOperator
 from .influence import Influence, InfluenceMode
 from .objective import LossOnly, Objective, as_objective
 from .scoring import TopK
-from .solvers import CG, Blockwise, Solver, invert
+from .solvers import BlockCG, Blockwise, Solver, invert
 from .solvers.base import check_solver
 
 
@@ -62,7 +62,7 @@ class InfluenceFunctionModel:
     objective: Objective | LossOnly | LossFunction
     params: PyTree
     curvature: Callable[[Any, PyTree, PyTree], LinearOperator] = static(default=GGN, kw_only=True)
-    solver: Solver = dataclasses.field(default_factory=lambda: CG(1e-3), kw_only=True)
+    solver: Solver = dataclasses.field(default_factory=lambda: BlockCG(1e-3), kw_only=True)
     blocks: Any = static(default=full, kw_only=True)
     measurement: Objective | LossOnly | LossFunction | None = dataclasses.field(default=None, kw_only=True)
     throw: bool = static(default=False, kw_only=True)

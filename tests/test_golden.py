@@ -166,6 +166,19 @@ def test_linear_regression_nystrom_from_the_stored_sketch():
     assert helpers.relative_error(scores, golden.arrays["pydvl/infl_nystroem_rank20_seed0"]) < 1e-9
 
 
+def test_digits_nystrom_as_a_preconditioner():
+    """A hundred products in advance save five sixths of the iterations, for the same answer."""
+    golden, steps = digits(jnp.float32), []
+    rhs = jax.tree.map(lambda g: g[:8], ij.per_example_grads(golden.objective, golden.params, golden.query))
+    for preconditioner in (None, ij.Nystrom(1e-3, rank=100)):
+        op = ij.GGN(golden.objective, golden.params, golden.train)
+        solver = ij.CG(1e-3, rtol=1e-4, preconditioner=preconditioner)
+        _, info = ij.invert(op, solver, key=jax.random.key(0)).solve_many(rhs)
+        assert bool(jnp.all(info.converged))
+        steps.append(info.steps)
+    assert int(jnp.min(steps[0])) >= 4 * int(jnp.max(steps[1]))
+
+
 @pytest.mark.parametrize("problem", [linear_regression, digits])
 def test_harmonic_mean(problem):
     golden, damping = problem(), 1e-3 if problem is linear_regression else 1e-2

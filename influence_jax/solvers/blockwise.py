@@ -50,15 +50,28 @@ class Blockwise(Solver):
     blocks: Any = static(default=by_layer)
 
     def __post_init__(self) -> None:
-        solvers = self.solver.values() if isinstance(self.solver, Mapping) else [self.solver]
-        for solver in solvers:
+        for solver in self._solvers:
             if not isinstance(solver, Solver) or isinstance(solver, type):
                 raise TypeError(
-                    f"solver: got {solver!r}, expected a solver such as CG(damping=1e-3), or a dict of them"
+                    f"solver: got {solver!r}, expected a solver such as BlockCG(damping=1e-3), or a dict of them"
                 )
         if isinstance(self.solver, Mapping):
             set_field(self, "solver", OrderedDict(self.solver))
         set_field(self, "blocks", as_blocks(self.blocks))
+
+    @property
+    def _solvers(self) -> list[Solver]:
+        return list(self.solver.values()) if isinstance(self.solver, Mapping) else [self.solver]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every block's solver is."""
+        return all(solver.symmetric for solver in self._solvers)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether every block's solver is."""
+        return all(solver.approximate for solver in self._solvers)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> State:
         groups = partition(op.space, self.blocks)
@@ -79,9 +92,10 @@ class Blockwise(Solver):
         rhs = {name: select(V, tuple(part.space)) for name, part in state.items()}
         solved = {name: part.solve_many(rhs[name]) for name, part in state.items()}
         infos = [info for _, info in solved.values()]
-        return join({name: x for name, (x, _) in solved.items()}, V), _merge(
-            infos, [tree.norms(b) for b in rhs.values()]
-        )
+        lengths = [(tree.norms(rhs[name]), tree.norms(x)) for name, (x, _) in solved.items()]
+        info = _merge(infos, *zip(*lengths, strict=True))
+        worst = _worst(infos, [part.solver.approximate for part in state.values()])
+        return join({name: x for name, (x, _) in solved.items()}, V), info._replace(block=worst)
 
     def with_damping(self, state: State, damping: Any, *, key: Key | None = None) -> tuple[Blockwise, State]:
         keys = [None] * len(state) if key is None else list(jax.random.split(key, len(state)))
@@ -101,22 +115,35 @@ class Blockwise(Solver):
         return f"Blockwise({solvers!r}, blocks={getattr(self.blocks, '__name__', self.blocks)})"
 
 
-def _merge(infos: Sequence[Info], norms: Sequence[Array]) -> Info:
-    """How the solve as a whole went; `norms` are those of the blocks' right-hand sides.
+def _merge(infos: Sequence[Info], rhs: Sequence[Array], solutions: Sequence[Array]) -> Info:
+    """How the solve as a whole went; the lengths of right-hand sides and solutions weigh the blocks.
 
     Blocks solved in closed form, whose residual is not known, count as solved exactly.
     """
-    steps, residuals, converged, curvatures = (jnp.stack(field) for field in list(zip(*infos, strict=True))[:4])
-    sizes = jnp.stack([norm.astype(residuals.dtype) for norm in norms])
-    total, missed = jnp.sum(sizes**2, axis=0), jnp.nansum((residuals * sizes) ** 2, axis=0)
-    residual = jnp.sqrt(missed / jnp.where(total > 0, total, 1))
+    stacked = Info(*(jnp.stack(field) for field in zip(*infos, strict=True)))
+    residual = _weighted(jnp.nan_to_num(stacked.residual, posinf=jnp.inf), rhs)
     return Info(
-        steps=jnp.max(steps, axis=0),
-        residual=jnp.where(jnp.all(jnp.isnan(residuals), axis=0), jnp.nan, residual),
-        converged=jnp.all(converged, axis=0),
-        min_curvature=jnp.nanmin(curvatures, axis=0),
-        # Failed blocks first, and among equals the one with the largest residual.
-        block=jnp.argmax(jnp.where(converged, 0, 2) + jnp.nan_to_num(residuals / (1 + residuals)), axis=0).astype(
-            jnp.int32
-        ),
+        steps=jnp.max(stacked.steps, axis=0),
+        residual=jnp.where(jnp.all(jnp.isnan(stacked.residual), axis=0), jnp.nan, residual),
+        converged=jnp.all(stacked.converged, axis=0),
+        min_curvature=jnp.nanmin(stacked.min_curvature, axis=0),
+        standard_error=_weighted(stacked.standard_error, solutions),
     )
+
+
+def _weighted(errors: Array, lengths: Sequence[Array]) -> Array:
+    """The relative error of a whole from those of its parts, whose lengths are given."""
+    sizes = jnp.stack(lengths).astype(errors.dtype)
+    total = jnp.sum(sizes**2, axis=0)
+    # A part of length zero has no error, even where it is infinite relative to it.
+    parts = jnp.where(sizes > 0, errors * sizes, 0)
+    return jnp.sqrt(jnp.sum(parts**2, axis=0) / jnp.where(total > 0, total, 1))
+
+
+def _worst(infos: Sequence[Info], approximate: Sequence[bool]) -> Array:
+    """Which block: failed ones first, and among equals that with the largest residual, of approximations none."""
+    ranks = [
+        jnp.where(info.converged, 0, 2) + (0 if skip else jnp.nan_to_num(info.residual / (1 + info.residual)))
+        for info, skip in zip(infos, approximate, strict=True)
+    ]
+    return jnp.argmax(jnp.stack(ranks), axis=0).astype(jnp.int32)

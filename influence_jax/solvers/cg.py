@@ -14,18 +14,9 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
-from ..batching import check_positive
 from ..curvature import LinearOperator
 from .base import Solver, implicit_solve
-from .damping import (
-    RelativeDamping,
-    check_damping,
-    check_number,
-    check_tolerance,
-    damped_product,
-    redamp,
-    resolve_damping,
-)
+from .damping import RelativeDamping, check_iteration, damped_product, redamp, resolve_damping
 from .info import Info, solved
 
 
@@ -71,10 +62,7 @@ class CG(Solver):
     preconditioner: Solver | LinearOperator | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
-        check_tolerance(self.rtol)
-        check_number(self.atol, "atol")
-        check_positive(self.max_steps, "max_steps")
+        check_iteration(self)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Solver | LinearOperator):
             raise TypeError(f"preconditioner: got {self.preconditioner!r}, expected a solver, a LinearOperator or None")
 

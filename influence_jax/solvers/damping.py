@@ -13,6 +13,7 @@ import numpy as np
 
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
+from ..batching import check_positive
 from ..curvature import LinearOperator, trace
 from ..curvature.capabilities import wide_dtype
 
@@ -76,6 +77,14 @@ def check_damping(damping: Any) -> None:
         raise TypeError(
             f"damping: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor)"
         ) from None
+
+
+def check_iteration(solver: Any) -> None:
+    """Raise unless the damping, the tolerances and the number of steps of conjugate gradients make sense."""
+    check_damping(solver.damping)
+    check_tolerance(solver.rtol)
+    check_number(solver.atol, "atol")
+    check_positive(solver.max_steps, "max_steps")
 
 
 def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> Array:
