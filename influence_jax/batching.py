@@ -113,6 +113,23 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
     return jax.tree.map(jnp.asarray, batch)
 
 
+def check_finite(values: PyTree, name: str) -> None:
+    """Raise, on the host, if an entry is NaN or infinite; traced values pass unseen.
+
+    Raises:
+      ValueError: Naming the leaf.
+    """
+    for path, leaf in tree.named_leaves(values):
+        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is counted now
+            bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
+        if bad:
+            raise ValueError(
+                f"{name}: leaf '{path}' holds {bad} entries that are NaN or infinite, expected finite numbers"
+            )
+
+
 def _is_number(dtype: np.dtype) -> bool:
     return dtype.kind in "biufc" or jnp.issubdtype(dtype, np.number)  # the latter for bfloat16 and its kind
 

@@ -2,15 +2,23 @@ r"""Certificates: how far a score can be from the exact one, from the residual o
 
 from __future__ import annotations
 
+from functools import singledispatch
+from numbers import Real
 from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import tree
 from ._typing import Array, PyTree
 from .batching import as_batch, chunk_for, map_over
 from .blocks import select
+from .curvature import GGN, LinearOperator, Restricted, Scaled, Sum
+from .curvature.capabilities import wide_dtype
+from .curvature.fisher import MAX_OUTPUTS
+from .curvature.outputs import output_hessian, square_root
+from .curvature.per_example import row_count
 from .gradients import _per_example_grads
 from .influence import Influence
 from .objective import as_objective
@@ -32,14 +40,15 @@ def score_bounds(
       query: Leaves `(Q, ...)`.
       train: Leaves `(N, ...)`.
       lambda_min: A lower bound of the smallest eigenvalue of the operator, for one that is not known to be positive
-        semi-definite; a Ritz value does not do, for it bounds from above.
+        semi-definite; a Ritz value does not do, for it bounds from above.  A `GGN` is known to be where the loss is
+        convex in the output for every example, which is looked at for outputs of at most 1024 entries.
 
     Returns:
       Scores `(Q, N)`; bounds `(Q, N)`, NaN where nothing is known, or where `lambda_min + damping` is not positive; and
       the Info of the solves, `(Q,)`.
 
     Raises:
-      TypeError: If the inverse is no `Inverse`, or its solver does not tell its damping.
+      TypeError: If the inverse is no `Inverse`, its solver does not tell its damping, or `lambda_min` is no number.
 
     Example:
       >>> import influence_jax as ij
@@ -61,8 +70,46 @@ def score_bounds(
             raise TypeError(
                 f"influence: {part.solver!r} (block '{name}') does not tell its damping, so nothing is known"
             )
+    if lambda_min is not None and not _is_number(lambda_min):
+        raise TypeError(f"lambda_min: got {lambda_min!r}, expected a number, or None")
     scores, bounds, info = _score_bounds(influence, as_batch(query, "query"), as_batch(train, "train"), lambda_min)
     return scores, bounds, info
+
+
+def _is_number(value: object) -> bool:
+    scalar = isinstance(value, jax.Array | np.ndarray) and value.shape == ()
+    return (isinstance(value, Real) and not isinstance(value, bool)) or scalar
+
+
+@singledispatch
+def lower_bound(op: LinearOperator) -> Array:
+    """A number that no eigenvalue of an operator is below; NaN if none is known."""
+    return jnp.asarray(0.0 if op.psd else jnp.nan, wide_dtype(op.space))
+
+
+@lower_bound.register
+def _(op: GGN) -> Array:
+    zero = jnp.zeros((), wide_dtype(op.params))
+    if row_count(op) > MAX_OUTPUTS:
+        return zero + jnp.nan
+    params = tree.promote(op.params)
+    convex = lambda z: jnp.all(jnp.isfinite(square_root(output_hessian(op.split, params, z))))
+    return jnp.where(jnp.all(map_over(convex, op.data, chunk=op.chunk)), zero, jnp.nan)
+
+
+@lower_bound.register
+def _(op: Sum) -> Array:
+    return jnp.sum(jnp.stack([lower_bound(term) for term in op.terms]))
+
+
+@lower_bound.register
+def _(op: Scaled) -> Array:
+    return jnp.where(op.factor >= 0, tree.scale(op.factor, lower_bound(op.op)), jnp.nan)
+
+
+@lower_bound.register
+def _(op: Restricted) -> Array:
+    return lower_bound(op.op)
 
 
 @jax.jit
@@ -94,7 +141,9 @@ def _part(stack: PyTree, part: Inverse) -> PyTree:
 def _reach(part: Inverse, grads: PyTree, factors: PyTree, lambda_min: float | Array | None) -> Array:
     """Length of the residual over the smallest damped eigenvalue, `(Q,)`."""
     damping = part.state.damping
-    residual = tree.norms(tree.subtract(grads, damped_product(part.op, damping, factors)))
-    known = jnp.zeros(()) if part.op.psd else jnp.full((), jnp.nan)
-    smallest = jnp.asarray(known if lambda_min is None else lambda_min, residual.dtype) + damping.astype(residual.dtype)
+    norm = tree.norms(grads)
+    grads, factors = (tree.scale_rows(1 / jnp.where(norm > 0, norm, 1), rows) for rows in (grads, factors))
+    residual = norm * tree.norms(tree.subtract(grads, damped_product(part.op, damping, factors)))
+    lowest = lower_bound(part.op) if lambda_min is None else lambda_min
+    smallest = jnp.asarray(lowest, residual.dtype) + damping.astype(residual.dtype)
     return residual / jnp.where(smallest > 0, smallest, jnp.nan)

@@ -88,7 +88,9 @@ def compute_influence_factors(
       >>> result.x["w"].round(2).tolist()
       [0.2, 1.8]
     """
-    solver = as_solver(inversion_method, hessian_perturbation, params)
+    solver = as_solver(inversion_method, hessian_perturbation, params, "hessian_perturbation")
+    if not callable(curvature):
+        raise TypeError(f"curvature: got {curvature!r}, expected a function such as influence_jax.GGN, not called yet")
     op = curvature(objective, params, stream.gather(training_data, "training_data"))
     inverse = invert(op, solver, key=key)
     influence = Influence(objective, params, inverse)
@@ -200,6 +202,7 @@ def compute_influences(
       [[0.2, 1.8], [1.8, 16.2]]
     """
     influence_type = as_mode(influence_type)
+    as_solver(inversion_method, hessian_regularization, params)
     factors = compute_influence_factors(
         objective,
         params,
@@ -216,14 +219,16 @@ def compute_influences(
     return _from_factors(objective, params, asked, factors, influence_type, wrt, progress)
 
 
-def as_solver(method: InversionMethod | str | Solver, damping: float, params: PyTree) -> Solver:
+def as_solver(
+    method: InversionMethod | str | Solver, damping: float, params: PyTree, name: str = "hessian_regularization"
+) -> Solver:
     """The solver for a method's name, or the solver itself.
 
     Raises:
       ValueError: If there is no such method, or a solver comes together with a damping.
       TypeError: If it is neither.
     """
-    check_number(damping, "hessian_regularization")
+    check_number(damping, name)
     if isinstance(method, str):
         makers = {
             InversionMethod.Direct: Direct,
@@ -237,8 +242,7 @@ def as_solver(method: InversionMethod | str | Solver, damping: float, params: Py
     check_solver(method)
     if damping != 0:
         raise ValueError(
-            f"hessian_regularization: got {damping} together with {method!r}, which has a damping of its own; "
-            "give it there"
+            f"{name}: got {damping} together with {method!r}, which has a damping of its own; give it there"
         )
     return method
 

@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from . import tree
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, Key, LossFunction, PyTree
-from .batching import Batch, as_batch
+from .batching import Batch, as_batch, check_finite
 from .blocks import Blocks, as_blocks, full
 from .curvature import GGN, LinearOperator
 from .influence import Influence, InfluenceMode
@@ -97,8 +95,8 @@ class InfluenceFunctionModel:
           ValueError: If data or parameters hold NaN or infinity, or the objective fails on an example of such shapes.
         """
         data = as_batch(_labelled(data, "data"), "data")
-        _check_finite(self.params, "params")
-        _check_finite(data, "data")
+        check_finite(self.params, "params")
+        check_finite(data, "data")
         _check_loss(as_objective(self.objective), self.params, data)
         op = self.curvature(self.objective, self.params, data)
         solver = self.solver if self.blocks is full else Blockwise(self.solver, self.blocks)
@@ -214,18 +212,6 @@ def _labelled(batch: PyTree, name: str) -> PyTree:
     if isinstance(batch, Batch) and batch.x is None:
         raise ValueError(f"{name}: got a Batch with y but without x, expected both; pass Batch(x, y)")
     return batch
-
-
-def _check_finite(values: PyTree, name: str) -> None:
-    for path, leaf in tree.named_leaves(values):
-        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            continue
-        with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is counted now
-            bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
-        if bad:
-            raise ValueError(
-                f"{name}: leaf '{path}' holds {bad} entries that are NaN or infinite, expected finite numbers"
-            )
 
 
 def _check_loss(objective: Objective | LossOnly, params: PyTree, data: PyTree) -> None:

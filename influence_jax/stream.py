@@ -12,8 +12,8 @@ import numpy as np
 
 from . import tree
 from ._progress import track
-from ._typing import PyTree
-from .batching import as_batch, batch_size
+from ._typing import Array, PyTree
+from .batching import Batch, as_batch, batch_size, check_finite
 
 
 class Averaging(Protocol):
@@ -74,7 +74,7 @@ def accumulate(
 
     Raises:
       TypeError: If the loader is no re-iterable of batches.
-      ValueError: If it is empty.
+      ValueError: If it is empty, holds NaN or infinity, or `fn` returns different shapes.
 
     Example:
       >>> import influence_jax as ij
@@ -82,27 +82,54 @@ def accumulate(
       3.0
     """
     averaging = PointAveraging() if averaging is None else averaging
-    if not callable(getattr(averaging, "weight", None)):
+    if isinstance(averaging, type) or not callable(getattr(averaging, "weight", None)):
         raise TypeError(f"averaging: got {averaging!r}, expected PointAveraging() or ChunkAveraging()")
+    if is_batch(loader) and type(loader) not in (list, tuple):
+        raise TypeError(
+            f"loader: got one batch, a {type(loader).__name__}; expected an iterable of batches, e.g. [batch]"
+        )
     total, mass = None, 0.0
     if not isinstance(loader, list | tuple):
         loader = _reiterable(loader, "loader")
     for item in track(loader, "batches", count_batches(loader), show=progress):
-        batch = as_batch(item, "loader")
+        batch = _checked(item, "loader")
         weight = averaging.weight(batch)
-        part = jax.tree.map(lambda x, w=weight: w * x, tree.promote(fn(batch)))
+        part = jax.tree.map(lambda x, w=weight: w * _floating(x), fn(batch))
+        if total is not None and _shapes(part) != _shapes(total):
+            raise ValueError(
+                f"fn: returned {_shapes(part)} for a batch, after {_shapes(total)}; expected the same shapes"
+            )
         total = part if total is None else tree.add(total, part)
         mass += weight
     if total is None:
         raise ValueError("loader: is empty, expected at least one batch")
+    if mass == 0:
+        raise ValueError(f"averaging: {averaging!r} gave all batches weight 0, expected a positive sum")
     return jax.tree.map(lambda x: x / mass, total)
 
 
+def _floating(x: Any) -> Array:
+    """As float32 or wider."""
+    x = jnp.asarray(x)
+    return x.astype(tree.accumulation_dtype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
+
+
+def _shapes(parts: PyTree) -> PyTree:
+    return jax.tree.map(jnp.shape, parts)
+
+
+def _checked(batch: PyTree, name: str) -> PyTree:
+    batch = as_batch(batch, name)
+    check_finite(batch, name)
+    return batch
+
+
 def is_batch(data: Any) -> bool:
-    """Whether data are one batch: a pytree whose leaves are arrays, except a list of trees, which is a loader."""
+    """Whether data are one batch: a pytree whose leaves are arrays, except a list of trees or a tuple of `Batch`es."""
     leaves = [leaf for _, leaf in tree.named_leaves(data)]
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
     several = isinstance(data, list) and len(data) > 0 and not all(map(is_array, data))
+    several |= isinstance(data, tuple) and any(isinstance(item, Batch) for item in data)
     return bool(leaves) and all(map(is_array, leaves)) and not several
 
 
@@ -113,10 +140,10 @@ def batches(data: Any, name: str) -> Iterator[PyTree]:
       TypeError: If the data are neither a batch nor re-iterable.
     """
     if is_batch(data):
-        yield as_batch(data, name)
+        yield _checked(data, name)
         return
     for batch in _reiterable(data, name):
-        yield as_batch(batch, name)
+        yield _checked(batch, name)
 
 
 def _reiterable(data: Any, name: str) -> Iterable[PyTree]:
@@ -135,6 +162,9 @@ def gather(data: Any, name: str) -> PyTree:
     parts = list(batches(data, name))
     if not parts:
         raise ValueError(f"{name}: is empty, expected at least one batch")
+    kinds = {str((jax.tree.structure(part), [leaf.shape[1:] for leaf in jax.tree.leaves(part)])) for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"{name}: its batches differ by more than their length, {sorted(kinds)}; expected them alike")
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 

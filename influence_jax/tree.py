@@ -149,8 +149,12 @@ def dots(a: PyTree, b: PyTree) -> Array:
 
 
 def norms(stack: PyTree) -> Array:
-    """Row-wise Euclidean norms, `(K,)`."""
-    return jnp.sqrt(dots(stack, stack))
+    """Row-wise Euclidean norms, `(K,)`, also where squares of the entries leave the range of their dtype."""
+    rows = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(promote(stack))]
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), axis=1, initial=0).astype(rows[0].dtype) for x in rows]), axis=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    scaled = [x / _per_row(unit, x) for x in rows]
+    return unit * jnp.sqrt(dots(scaled, scaled))
 
 
 def gram(a: PyTree, b: PyTree) -> Array:

@@ -132,12 +132,21 @@ class TestAccumulate:
             ((iter([TRAIN]),), TypeError, "loader: got the one-shot iterator"),
             (([],), ValueError, "loader: is empty"),
             ((3,), TypeError, "loader: got a int"),
+            ((TRAIN,), TypeError, r"loader: got one batch, a Batch; expected an iterable of batches, e.g. \[batch\]"),
+            ((TRAIN.x,), TypeError, "loader: got one batch, a "),
+            (([jnp.array([jnp.nan])],), ValueError, "loader: leaf '' holds 1 entries that are NaN"),
+            (([TRAIN], ij.PointAveraging), TypeError, "averaging: got <class.*expected"),
             (([TRAIN], "points"), TypeError, r"averaging: got 'points', expected PointAveraging\(\)"),
         ],
     )
     def test_mistakes(self, arguments, error, words):
         with pytest.raises(error, match=words):
             ij.stream.accumulate(len, *arguments)
+
+    def test_results_have_to_be_alike(self):
+        with pytest.raises(ValueError, match=r"fn: returned \(1,\) for a batch, after \(3,\)"):
+            ij.stream.accumulate(lambda batch: batch, [jnp.arange(3.0), jnp.arange(1.0)])
+        assert float(ij.stream.accumulate(len, [jnp.arange(3.0), jnp.arange(1.0)], ij.ChunkAveraging())) == 2.0
 
 
 class TestBounds:
@@ -166,6 +175,39 @@ class TestBounds:
         scores, bounds, _ = ij.score_bounds(influence, QUERY, TRAIN, lambda_min=lowest)
         assert jnp.all(jnp.abs(scores - exact) <= bounds)
         assert jnp.all(jnp.isnan(ij.score_bounds(influence, QUERY, TRAIN, lambda_min=-2 * DAMPING)[1]))
+
+    def test_a_loss_that_is_not_convex_in_the_output(self):
+        """The GGN is then indefinite, and nothing is known without a bound from the user."""
+        objective = ij.Objective(lambda p, z: p["w"] @ z.x, lambda out, z: jnp.log1p((out - z.y) ** 2))
+        params = {"w": jnp.array([0.3, -0.2, 0.5])}
+        data = ij.Batch(jax.random.normal(KEY, (24, 3)), jnp.full(24, 2.0))
+        op = ij.GGN(objective, params, data)
+        lowest = float(np.linalg.eigvalsh(np.asarray(ij.to_dense(op)))[0])
+        assert lowest < -0.1
+        for operator in (op, 2.0 * op, op + op):
+            influence = ij.Influence(objective, params, ij.invert(operator, ij.CG(1.0, max_steps=1)))
+            assert jnp.all(jnp.isnan(ij.score_bounds(influence, data, data)[1]))
+        influence = ij.Influence(objective, params, ij.invert(op, ij.CG(1.0, max_steps=1)))
+        exact = ij.Influence(objective, params, ij.invert(op, ij.Eigh(1.0))).influences(data, data)
+        scores, bounds, _ = ij.score_bounds(influence, data, data, lambda_min=lowest)
+        assert jnp.all(jnp.abs(scores - exact) <= bounds * (1 + 1e-9))
+
+    def test_tiny_gradients(self, float32):
+        """Their squares are zero in float32; scores, bounds and the order of the best are not."""
+        f = lambda params, z: params["w"] @ z
+        data, tiny = jax.random.normal(KEY, (30, 8), jnp.float32), jnp.full((1, 8), 1e-25, jnp.float32)
+        op = ij.EmpiricalFisher(f, {"w": jnp.zeros(8, jnp.float32)}, data)
+        influence = ij.Influence(f, {"w": jnp.zeros(8, jnp.float32)}, ij.invert(op, ij.CG(0.5, max_steps=2)))
+        scores, bounds, _ = ij.score_bounds(influence, tiny, data)
+        exact = ij.Influence(f, {"w": jnp.zeros(8, jnp.float32)}, ij.invert(op, ij.Direct(0.5))).influences(tiny, data)
+        assert jnp.all(jnp.abs(scores - exact) <= bounds)
+        assert jnp.all(bounds > 0)
+
+    def test_lambda_min_is_a_number(self):
+        influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(ij.GGN(OBJECTIVE, PARAMS, TRAIN), ij.CG(0.5)))
+        for wrong in ("a", True, jnp.zeros(2)):
+            with pytest.raises(TypeError, match="lambda_min: got .* expected a number, or None"):
+                ij.score_bounds(influence, QUERY, TRAIN, lambda_min=wrong)
 
     @pytest.mark.parametrize(
         ("influence", "words"),

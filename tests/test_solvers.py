@@ -170,7 +170,7 @@ class TestConjugateGradients:
             X, info = ij.invert(op, ij.CG(0.05, rtol=rtol)).solve_many(V)
             residual = jax.tree.map(lambda v, ax, x: v - ax - 0.05 * x, V, op.mm(X), X)
             expected = ij.tree.norms(residual) / ij.tree.norms(V)
-            assert relative_error(info.residual, expected) < 1e-6
+            assert relative_error(info.residual, expected) < 1e-5
             assert bool(jnp.all(info.converged))
             assert bool(jnp.all(info.residual <= 2 * rtol))
 

@@ -76,17 +76,13 @@ def environment():
     return {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"} | threads
 
 
-def one_core():
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-
 def measure(python, script, folder, case, setting):
     """Figures of one side in a process of its own, with the error of its answer."""
     which, reference, *_ = CASES[case]
     output = folder / "answer"
     arguments = [folder / f"{which}.npz", case.removesuffix("_minibatch"), json.dumps(setting), output]
     command = [python, HERE / script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=one_core)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise SystemExit(f"{script} {case} {setting} failed:\n{done.stderr[-2000:]}")
     figures = json.loads(output.with_suffix(".json").read_text())
@@ -114,10 +110,10 @@ def best(python, script, folder, case, settings):
 
 
 def versions(python):
-    code = "import importlib.metadata as m, sys; print([(p, m.version(p)) for p in sys.argv[1:]])"
+    code = "import importlib.metadata as m, json, sys; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
     run = subprocess.run([python, "-c", code, "torch", "pydvl", "numpy"], capture_output=True, text=True, check=True)
     ours = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    return {"ours": ours | {"python": platform.python_version()}, "peer": dict(eval(run.stdout))}
+    return {"ours": ours | {"python": platform.python_version()}, "peer": json.loads(run.stdout)}
 
 
 def processor():
@@ -154,6 +150,7 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE.parent / "results" / "side_by_side.json")
     arguments = parser.parse_args()
     python = arguments.peer or peers()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # for all that is started from here
     results = {"processor": processor(), "versions": versions(python), "residual": RESIDUAL, "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

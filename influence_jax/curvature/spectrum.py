@@ -157,6 +157,8 @@ class Spectrum:
         Returns:
           `(n,)`.
         """
+        if not isinstance(width, jax.core.Tracer) and not float(width) > 0:
+            raise ValueError(f"width: got {width}, expected a positive number")
         distance = (jnp.asarray(points)[:, None, None] - self.values[None]) / width
         bumps = jnp.exp(-0.5 * distance**2) / (width * (2 * jnp.pi) ** 0.5)
         return jnp.mean(jnp.sum(bumps * self.weights[None], axis=2), axis=1)
@@ -173,10 +175,11 @@ class Spectrum:
             if damping + float(low) <= 0:
                 lines.append(f"{damping:10.1e}   indefinite: smallest eigenvalue + damping <= 0")
                 continue
-            condition = (float(high) + damping) / (max(float(low), 0.0) + damping if low >= 0 else float(low) + damping)
+            # A Ritz value may lie above the smallest eigenvalue: of none below zero, zero is the safe guess.
+            condition = (float(high) + damping) / (min(float(low), 0.0) + damping)
             dimension, error = self.effective_dimension(damping)
             spread = "" if np.isnan(error) else f" ± {float(error):.1f}"
-            steps = min(self.size, int(np.ceil(0.5 * condition**0.5 * np.log(2e5))))
+            steps = int(np.ceil(0.5 * condition**0.5 * np.log(2e5 * condition**0.5)))
             lines.append(f"{damping:10.1e}   {f'{float(dimension):.1f}{spread}':>19}   {condition:16.1e}   {steps}")
         return "\n".join(lines)
 

@@ -42,11 +42,11 @@ class Solver(Protocol):
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> PyTree:
         """Whatever can be computed before the right-hand side is known."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no init(op, *, key)")
 
     def apply_many(self, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
         """Solve for every row of a stack, leaves `(K, *leaf)`; solutions are float32 or wider."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no apply_many(state, V)")
 
     def apply(self, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
         """Solve for one vector, the K = 1 case of `apply_many`."""
@@ -59,7 +59,7 @@ class Solver(Protocol):
         Raises:
           ValueError: If the state cannot serve another damping.
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no with_damping(state, damping, *, key)")
 
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
         """The inverses of the diagonal blocks that the solver treats apart; one block `""` unless it says otherwise."""
@@ -258,4 +258,5 @@ def _solve(solver: Solver, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
 
 @jax.jit
 def _solve_many(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
-    return solver.apply_many(state, V)
+    X, info = solver.apply_many(state, V)
+    return X, Info(*(jnp.broadcast_to(field, info.converged.shape) for field in info))

@@ -118,10 +118,12 @@ def block_conjugate_gradients(
     norms = tree.norms(B)
     unit = jnp.where(norms > 0, norms, 1)
     tolerance = jnp.maximum(rtol, atol / unit).astype(norms.dtype)
-    rhs = tree.scale_rows(1 / unit, B)
+    # What is not finite would spoil the others through the basis they share; `solved` reports it.
+    zero = tree.zeros_like(B)
+    rhs = tree.where_rows(jnp.isfinite(norms), tree.scale_rows(1 / unit, B), zero)
     q, c = tree.orthonormal(rhs)
     start = _Iterate(
-        x=tree.zeros_like(rhs),
+        x=zero,
         q=q,
         s=q,
         c=c,
@@ -133,7 +135,7 @@ def block_conjugate_gradients(
     step = partial(_step, mm=mm, tolerance=tolerance)
     end = while_loop(lambda it: it.going & (it.step < max_steps), step, start)
     x = tree.scale_rows(unit, end.x)
-    return solved(mm, x, B, jnp.maximum(rtol * norms, atol), end.steps, jnp.broadcast_to(end.lowest, norms.shape))
+    return solved(mm, x, B, tolerance, end.steps, jnp.broadcast_to(end.lowest, norms.shape))
 
 
 def _step(it: _Iterate, mm: Callable[[PyTree], PyTree], tolerance: Array) -> _Iterate:

@@ -14,7 +14,7 @@ from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from ..blocks import as_blocks, by_layer, join, partition, select
 from ..curvature import LinearOperator, restrict
-from .base import Inverse, Solver
+from .base import Inverse, Solver, check_solver
 from .info import Info
 
 State = OrderedDict[str, Inverse]
@@ -50,11 +50,10 @@ class Blockwise(Solver):
     blocks: Any = static(default=by_layer)
 
     def __post_init__(self) -> None:
+        if isinstance(self.solver, Mapping) and not self.solver:
+            raise ValueError("solver: got an empty dict, expected a solver per block, e.g. {'layers_0': Direct(0.1)}")
         for solver in self._solvers:
-            if not isinstance(solver, Solver) or isinstance(solver, type):
-                raise TypeError(
-                    f"solver: got {solver!r}, expected a solver such as BlockCG(damping=1e-3), or a dict of them"
-                )
+            check_solver(solver)
         if isinstance(self.solver, Mapping):
             set_field(self, "solver", OrderedDict(self.solver))
         set_field(self, "blocks", as_blocks(self.blocks))
@@ -127,7 +126,7 @@ def _merge(infos: Sequence[Info], rhs: Sequence[Array], solutions: Sequence[Arra
         residual=jnp.where(jnp.all(jnp.isnan(stacked.residual), axis=0), jnp.nan, residual),
         converged=jnp.all(stacked.converged, axis=0),
         min_curvature=jnp.nanmin(stacked.min_curvature, axis=0),
-        standard_error=_weighted(stacked.standard_error, solutions),
+        standard_error=_weighted(jnp.asarray(stacked.standard_error), solutions),
     )
 
 
@@ -143,7 +142,7 @@ def _weighted(errors: Array, lengths: Sequence[Array]) -> Array:
 def _worst(infos: Sequence[Info], approximate: Sequence[bool]) -> Array:
     """Which block: failed ones first, and among equals that with the largest residual, of approximations none."""
     ranks = [
-        jnp.where(info.converged, 0, 2) + (0 if skip else jnp.nan_to_num(info.residual / (1 + info.residual)))
+        jnp.where(info.converged, 0, 2) + (0 if skip else jnp.nan_to_num(1 - 1 / (1 + info.residual)))
         for info, skip in zip(infos, approximate, strict=True)
     ]
     return jnp.argmax(jnp.stack(ranks), axis=0).astype(jnp.int32)

@@ -65,10 +65,17 @@ class CG(Solver):
         check_iteration(self)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Solver | LinearOperator):
             raise TypeError(f"preconditioner: got {self.preconditioner!r}, expected a solver, a LinearOperator or None")
+        if self.preconditioner is not None and not self.preconditioner.symmetric:
+            raise ValueError(
+                f"preconditioner: got {self.preconditioner!r}, whose answers are random, expected a fixed self-adjoint map "
+                "such as Nystrom(damping, rank=100)"
+            )
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> CGState:
         key_damping, key_preconditioner = (None, None) if key is None else jax.random.split(key)
         fitted = None
+        if isinstance(self.preconditioner, LinearOperator):
+            tree.check_vector(self.preconditioner.space, op.space, "preconditioner")
         if isinstance(self.preconditioner, Solver):
             fitted = self.preconditioner.init(lax.stop_gradient(op), key=key_preconditioner)
         return CGState(op, resolve_damping(self.damping, op, key_damping), fitted)
@@ -140,16 +147,19 @@ def conjugate_gradients(
       Solutions, and Info with leaves `(K,)`.
     """
     precondition = precondition or (lambda R: R)
+    # Of unit length, so that inner products stay in range whatever the right-hand sides are measured in.
     norm = tree.norms(B)
-    tolerance = jnp.maximum(jnp.asarray(rtol, norm.dtype) * norm, jnp.asarray(atol, norm.dtype))
-    z = precondition(B)
+    unit = jnp.where(norm > 0, norm, 1)
+    tolerance = jnp.maximum(rtol, atol / unit).astype(norm.dtype)
+    rhs = tree.scale_rows(1 / unit, B)
+    z = precondition(rhs)
     count = norm.shape[0]
     start = _Iterate(
-        x=tree.zeros_like(B),
-        r=B,
+        x=tree.zeros_like(rhs),
+        r=rhs,
         p=z,
-        rz=tree.dots(B, z),
-        active=norm > tolerance,
+        rz=tree.dots(rhs, z),
+        active=(norm > 0) & (tolerance < 1),
         steps=jnp.zeros(count, jnp.int32),
         lowest=jnp.full(count, jnp.inf, norm.dtype),
         highest=jnp.zeros(count, norm.dtype),
@@ -160,7 +170,8 @@ def conjugate_gradients(
         lambda it: _step(it, mm, precondition, tolerance),
         start,
     )
-    return solved(mm, end.x, B, tolerance, end.steps, end.lowest)
+    x = tree.scale_rows(unit, end.x)
+    return solved(mm, x, B, tolerance, end.steps, end.lowest)
 
 
 def _step(

@@ -157,7 +157,7 @@ def _largest_eigenvalue(factor: Array) -> Array:
     """Of L Lᵀ, by power iteration from its largest column."""
 
     def step(_: int, v: Array) -> Array:
-        product = factor @ (factor.T @ v)
+        product = jnp.matmul(factor, jnp.matmul(factor.T, v, precision=tree.HIGHEST), precision=tree.HIGHEST)
         return product / jnp.linalg.norm(product)
 
     start = factor @ factor[jnp.argmax(jnp.sum(jnp.square(factor), axis=1))]
@@ -171,7 +171,9 @@ def cholesky_solve(state: CholeskyState, B: PyTree) -> tuple[PyTree, Info]:
     flat = jax.scipy.linalg.cho_solve((state.factor, True), rhs.T).T
     X = tree.cast_like(tree.unflatten(flat, state.op.space), B)
     error = _rounding(state.op.size, state.factor.dtype) * state.norm
-    curvature = tree.dots(X, B) / tree.dots(X, X)  # xᵀAx / xᵀx, for A x = b
+    unit = tree.norms(X)
+    along = tree.scale_rows(1 / jnp.where(unit > 0, unit, 1), X)
+    curvature = tree.dots(along, B) / unit  # xᵀAx / xᵀx, for A x = b
     return X, _info(X, B, error, curvature)
 
 

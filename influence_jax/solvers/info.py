@@ -49,17 +49,18 @@ def solved(
       mm: Product of the damped operator with a stack.
       X: Solutions, leaves `(K, *leaf)`.
       B: Right-hand sides.
-      tolerance: Absolute tolerance on the residual, `(K,)`.
+      tolerance: On the relative residual, `(K,)`.
       steps: Iterations, `(K,)`.
       lowest: Smallest curvature met, `(K,)`; infinite if none was.
     """
     norm = tree.norms(B)
     unit = jnp.where(norm > 0, norm, 1)
-    residual = tree.norms(tree.subtract(B, mm(X))) / unit
+    scaled = [tree.scale_rows(1 / unit, rows) for rows in (B, X)]  # a difference of tiny numbers is none
+    residual = tree.norms(tree.subtract(scaled[0], mm(scaled[1])))
     # A product or a right-hand side that is not finite may leave X at 0, which would pass for an answer.
     X = tree.where_rows(jnp.isfinite(residual), X, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), X))
     # Rounding lets a recurrence run ahead of the true residual; a factor of two is noise, more is not converged.
-    converged = residual <= 2 * tolerance / unit
+    converged = residual <= 2 * tolerance
     lowest = jnp.where(jnp.isinf(lowest), jnp.nan, lowest)
     return X, Info(steps, residual, converged, lowest, jnp.zeros_like(steps), jnp.zeros_like(residual))
 
@@ -68,8 +69,7 @@ def worst(infos: Sequence[Info]) -> Info | None:
     """Field by field the worst of several solves; None of none."""
     if not infos:
         return None
-    steps, residual, converged, curvature = (jnp.stack(field) for field in list(zip(*infos, strict=True))[:4])
-    block, error = (stacked(infos, field) for field in ("block", "standard_error"))
+    steps, residual, converged, curvature, block, error = (jnp.stack(field) for field in zip(*infos, strict=True))
     return Info(
         jnp.max(steps, axis=0),
         jnp.max(residual, axis=0),
@@ -78,11 +78,6 @@ def worst(infos: Sequence[Info]) -> Info | None:
         jnp.max(block, axis=0),
         jnp.max(error, axis=0),
     )
-
-
-def stacked(infos: Sequence[Info], field: str) -> Array:
-    """A field that solvers may leave at its default."""
-    return jnp.stack([jnp.broadcast_to(getattr(info, field), info.converged.shape) for info in infos])
 
 
 class ConvergenceWarning(UserWarning):

@@ -63,8 +63,8 @@ class LiSSA(Solver):
       rtol: Relative residual at which a solve counts as converged, and at which a chain on all data stops.
 
     Raises:
-      ValueError: In `invert`, without a key where one is needed (`batch_size`, or no scale), or if the operator
-        has no data.
+      ValueError: In `invert`, without a key where one is needed (`batch_size`, or no scale), or if `batch_size`
+        is given for an operator without data.
 
     Example:
       >>> import influence_jax as ij
@@ -90,6 +90,8 @@ class LiSSA(Solver):
         check_positive(self.repeats, "repeats")
         if self.scale is not None:
             check_number(self.scale, "scale")
+            if not isinstance(self.scale, jax.core.Tracer) and float(self.scale) == 0:
+                raise ValueError("scale: got 0, expected a number above the largest eigenvalue + damping, or None")
         if self.batch_size is not None:
             check_positive(self.batch_size, "batch_size")
         elif self.repeats > 1:
@@ -129,7 +131,7 @@ class LiSSA(Solver):
             X, steps = jax.tree.map(lambda x: jnp.mean(x, axis=0), chains), jnp.max(counts, axis=0)
             spread = _standard_error(chains, X)
         mm = partial(damped_product, state.op, state.damping)
-        X, info = solved(mm, X, B, tolerance, steps, jnp.full_like(norm, jnp.nan))
+        X, info = solved(mm, X, B, jnp.full_like(norm, rtol), steps, jnp.full_like(norm, jnp.nan))
         return X, info._replace(standard_error=spread)
 
     def _chain(self, state: LissaState, B: PyTree, tolerance: Array, key: Key | None) -> tuple[PyTree, Array]:
@@ -188,7 +190,13 @@ def _examples(op: LinearOperator) -> int:
     if isinstance(op, Scaled):
         return _examples(op.op)
     if isinstance(op, Sum):
-        return max(map(_examples, op.terms))
+        counts = {_examples(term) for term in op.terms} - {0}
+        if len(counts) > 1:
+            raise ValueError(
+                f"batch_size: {op!r} is a sum over data of {sorted(counts)} examples, which have no minibatch in "
+                "common; drop batch_size"
+            )
+        return max(counts, default=0)
     return getattr(op, "count", 0)
 
 

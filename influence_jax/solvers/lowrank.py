@@ -16,11 +16,13 @@ from ..curvature import LinearOperator, LowRank
 from ..curvature.capabilities import wide_dtype
 from ..curvature.spectrum import lanczos
 from .base import Solver, measured
-from .damping import RelativeDamping, check_damping, redamp, resolve_damping
+from .damping import RelativeDamping, check_damping, check_number, redamp, resolve_damping
 from .info import Info
 
 # An eigenpair counts as found when its residual is below this part of the largest eigenvalue.
 RITZ_TOLERANCE = 1e-2
+# Products spent on whether a larger eigenvalue than those kept was missed.
+CHECK_STEPS = 8
 
 
 class LowRankState(NamedTuple):
@@ -86,17 +88,20 @@ class Arnoldi(LowRankSolver):
     $x = Q (D + \lambda I)^{-1} Q^\top v + \frac1\lambda (v - Q Q^\top v)$: what lies outside of the Krylov space is
     treated as having curvature zero; `complement=False` drops it, as Schioppa et al. do.  The error obeys
     $|\lambda_{r+1}| / \lambda$.  Indefinite operators keep the signs of their eigenvalues, and `min_curvature` shows
-    them.  `converged` says that the eigenpairs are found; how far x is from the exact solution is what the residual
-    says, for which one product is spent.
+    them.  `converged` says that the eigenpairs are found, and that no larger one is left: a Krylov space holds one copy
+    of a repeated eigenvalue, `Nystrom` all.  How far x is from the exact solution is what the residual says.
+    To differentiation the eigenpairs are constants: the derivative in the damping is exact, those in parameters and
+    data are zero.
 
     Args:
       damping: $\lambda > 0$, or a `RelativeDamping`.
       rank: Eigenpairs kept; static.
-      steps: Products spent on them; `2 rank + 20`, or the number of parameters, if None; static.
+      steps: Products spent on them, at most as many as parameters; `2 rank + 20` if None; static.
       complement: Whether to keep what is outside; static.
 
     Raises:
-      ValueError: In `invert`, without a key, or if rank or steps do not fit the number of parameters.
+      ValueError: If there are fewer steps than pairs; in `invert`, without a key, or if the rank exceeds the number of
+        parameters.
 
     Example:
       >>> import influence_jax as ij
@@ -118,9 +123,8 @@ class Arnoldi(LowRankSolver):
                 raise ValueError(f"steps: got {self.steps}, expected at least rank={self.rank}")
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> LowRankState:
-        key_start, key_damping = jax.random.split(
-            check_key(key, "Arnoldi starts from a random vector; pass it to invert")
-        )
+        key = check_key(key, "Arnoldi starts from a random vector; pass it to invert")
+        key_start, key_damping = jax.random.split(key)
         _check_rank(self.rank, op)
         steps = min(self.steps or 2 * self.rank + 20, op.size)
         fixed = lax.stop_gradient(op)
@@ -128,8 +132,22 @@ class Arnoldi(LowRankSolver):
         kept = jnp.argsort(-jnp.abs(krylov.values))[: self.rank]
         pairs = LowRank(jax.tree.map(lambda x: x[kept], krylov.vectors), krylov.values[kept])
         found = jnp.all(krylov.residuals[kept] <= RITZ_TOLERANCE * jnp.max(jnp.abs(krylov.values)))
+        if steps < op.size:
+            found &= _none_larger(fixed, pairs, jax.random.fold_in(key_start, steps))
         damping = resolve_damping(self.damping, op, key_damping)
         return LowRankState(op, damping, pairs, found, jnp.min(krylov.values))
+
+
+def _none_larger(op: LinearOperator, pairs: LowRank, key: Key) -> Array:
+    """Whether a few steps from a new start find nothing larger outside of the eigenpairs, as copies of one would be."""
+
+    def outside(v: PyTree) -> PyTree:
+        return tree.subtract(v, tree.only(tree.combine(tree.gram(tree.stack_of_one(v), pairs.basis), pairs.basis)))
+
+    steps = min(CHECK_STEPS, op.size - pairs.values.shape[0])
+    rest = lanczos(lambda v: outside(tree.promote(op.mv(outside(v)))), op.space, steps, key)
+    smallest, largest = jnp.min(jnp.abs(pairs.values)), jnp.max(jnp.abs(pairs.values))
+    return jnp.max(jnp.abs(rest.values)) <= smallest + RITZ_TOLERANCE * largest
 
 
 @dataclass
@@ -137,8 +155,9 @@ class Nystrom(LowRankSolver):
     r"""Invert through a randomised Nyström approximation, $A \approx (A\Omega)(\Omega^\top A\Omega)^+(A\Omega)^\top$.
 
     One product with a stack of `rank` vectors.  For positive semi-definite operators: what the sketch shows to be
-    negative is left out and reported in `min_curvature`, with `converged=False`.  Solves as `Arnoldi` does; also a
-    preconditioner, `CG(damping, preconditioner=Nystrom(damping, rank))`.
+    negative is left out and reported in `min_curvature`, with `converged=False`.  The error depends on all eigenvalues
+    beyond the rank, not on the next alone: ask for twice as many as matter.  Solves as `Arnoldi` does, with its
+    derivatives; also a preconditioner, `CG(damping, preconditioner=Nystrom(damping, rank))`.
 
     Args:
       damping: $\lambda > 0$, or a `RelativeDamping`.
@@ -172,14 +191,16 @@ def from_sketch(op: LinearOperator, sketch: PyTree, damping: float | Array) -> L
     Args:
       op: The operator.
       sketch: Stack $\Omega$ of independent vectors, leaves `(rank, *leaf)`.
-      damping: As in `Nystrom`.
+      damping: A non-negative number.
 
     Returns:
       What `Nystrom.init` returns.
 
     Raises:
-      ValueError: If the sketch is not a stack of vectors of the operator's space.
+      TypeError: If the damping is no number.
+      ValueError: If it is negative, or the sketch is not a stack of vectors of the operator's space.
     """
+    check_number(damping, "damping")
     tree.check_stack(sketch, op.space, "sketch")
     op, sketch = lax.stop_gradient(op), tree.promote(sketch)
     image = tree.promote(op.mm(sketch))
@@ -199,4 +220,4 @@ def from_sketch(op: LinearOperator, sketch: PyTree, damping: float | Array) -> L
     left, singular, _ = jnp.linalg.svd(triangle)
     pairs = LowRank(tree.combine(left.T, basis), jnp.maximum(singular**2 - shift, 0))
     lowest = jnp.min(values / jnp.diag(vectors.T @ overlap @ vectors)) - shift
-    return LowRankState(op, jnp.asarray(damping, dtype), pairs, lowest > -RITZ_TOLERANCE * largest, lowest)
+    return LowRankState(op, jnp.asarray(damping, dtype), pairs, lowest >= -RITZ_TOLERANCE * largest, lowest)

@@ -82,7 +82,8 @@ def _root_weights(op: LinearOperator) -> Array:
     weights = root(op).weights
     if not isinstance(op, OverData):
         raise TypeError(
-            f"op: SampleSpace got {op!r}, expected GGN, EmpiricalFisher or Fisher; scale its weights instead"
+            f"op: SampleSpace got {op!r}, expected GGN, EmpiricalFisher or Fisher; of c * A solve with A "
+            "at the damping divided by c, and divide the solution by c"
         )
     return jnp.repeat(jnp.sqrt(lax.stop_gradient(weights)), row_count(op))
 
@@ -124,6 +125,8 @@ def _solve(state: SampleSpaceState, B: PyTree) -> tuple[PyTree, Info]:
     inside, _ = sum_over(back, (op.data, inner.reshape(op.count, rows, -1)), chunk=chunk, dtype=image.dtype)
     X = jax.tree.map(lambda b, r: ((b - r) / damping).astype(b.dtype), B, inside)
     norm = tree.norms(B)
-    tolerance = jnp.finfo(norm.dtype).eps ** 0.5 * norm
-    lowest = jnp.broadcast_to(jnp.min(state.values) + damping, norm.shape).astype(norm.dtype)
+    tolerance = jnp.full_like(norm, jnp.finfo(norm.dtype).eps ** 0.5)
+    # With fewer rows than parameters there are directions without curvature.
+    smallest = jnp.min(state.values) if op.count * rows >= op.size else jnp.zeros((), damping.dtype)
+    lowest = jnp.broadcast_to(smallest + damping, norm.shape).astype(norm.dtype)
     return solved(partial(damped_product, op, state.damping), X, B, tolerance, jnp.zeros(norm.shape, jnp.int32), lowest)
