@@ -49,6 +49,7 @@ class InfluenceFunctionModel:
       TypeError, ValueError: If an argument is not of that form, or both `solver` and `blocks` define blocks.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import influence_jax as ij
       >>> objective = ij.Objective(lambda p, z: p["w"] * z.x, lambda out, z: 0.5 * (out - z.y) ** 2)
       >>> data = ij.Batch(jnp.array([1.0, 2.0]), jnp.array([2.0, 1.0]))

@@ -106,7 +106,10 @@ def best(python, script, folder, case, settings):
         tried.append(figures)
         if figures.get("residual", math.inf) <= RESIDUAL:
             return figures
-    return min(tried, key=lambda figures: figures.get("residual", figures["cpu_s"]))
+    if "residual" in tried[0]:
+        nearest = min(figures["residual"] for figures in tried)
+        raise SystemExit(f"{script} {case}: no setting reaches a residual of {RESIDUAL}, the best {nearest:.1e}")
+    return min(tried, key=lambda figures: figures["cpu_s"])
 
 
 def versions(python):
@@ -122,7 +125,10 @@ def processor():
 
 
 def table(results):
-    """The figures in Markdown, and the geometric mean of the ratios."""
+    """The figures in Markdown, and the geometric mean of the ratios, cases with equal errors far from zero included.
+
+    `lissa` stops both sides after the same number of steps; low ranks are compared at the same rank.
+    """
     lines = [
         "| case | CPU s | pyDVL | ratio | cold | pyDVL | ratio | peak MB | pyDVL | error | pyDVL |",
         "|---" * 11 + "|",
@@ -132,14 +138,17 @@ def table(results):
         cells = [case]
         for field in ratios:
             ours, theirs = sides["ours"][field], sides["peer"][field]
-            ratios[field] += [theirs / ours] * (case != "gradients")
+            ratios[field].append(theirs / ours)
             cells += [f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.1f}"]
         cells += [f"{side['peak_mb']:.0f}" for side in sides.values()]
         cells += [f"{side['error']:.1e}" for side in sides.values()]
         lines.append(f"| {' | '.join(cells)} |")
     means = {field: math.exp(np.mean(np.log(values))) for field, values in ratios.items() if values}
     if means:
-        lines.append(f"\nGeometric mean without gradients: {means['cpu_s']:.1f} warm, {means['cold_cpu_s']:.1f} cold.")
+        lines.append(
+            f"\nIn each pair ours comes first.  Geometric mean of the ratios: {means['cpu_s']:.1f} warm, "
+            f"{means['cold_cpu_s']:.1f} cold."
+        )
     return "\n".join(lines)
 
 

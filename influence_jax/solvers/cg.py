@@ -67,8 +67,8 @@ class CG(Solver):
             raise TypeError(f"preconditioner: got {self.preconditioner!r}, expected a solver, a LinearOperator or None")
         if self.preconditioner is not None and not self.preconditioner.symmetric:
             raise ValueError(
-                f"preconditioner: got {self.preconditioner!r}, whose answers are random, expected a fixed self-adjoint map "
-                "such as Nystrom(damping, rank=100)"
+                f"preconditioner: got {self.preconditioner!r}, whose answers are random, expected a fixed self-adjoint "
+                "map such as Nystrom(damping, rank=100)"
             )
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> CGState:
