@@ -206,7 +206,7 @@ class TestBounds:
     def test_lambda_min_is_a_number(self):
         influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(ij.GGN(OBJECTIVE, PARAMS, TRAIN), ij.CG(0.5)))
         for wrong in ("a", True, jnp.zeros(2)):
-            with pytest.raises(TypeError, match="lambda_min: got .* expected a number, or None"):
+            with pytest.raises(TypeError, match=r"lambda_min: got .* expected a number, or None"):
                 ij.score_bounds(influence, QUERY, TRAIN, lambda_min=wrong)
 
     @pytest.mark.parametrize(
