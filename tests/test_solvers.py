@@ -198,9 +198,10 @@ class TestConjugateGradients:
         assert float(jnp.max(jnp.abs(ij.flatten(X, PARAMS)[1]))) == 0.0
         for index in range(4):
             alone, alone_info = inverse.solve(jax.tree.map(lambda v, i=index: v[i], V))
-            # Stacks of different lengths are different programs, which may differ in the last bit.
+            # Stacks of different lengths are different programs; what they round differently a recurrence carries on,
+            # up to the tolerance.
             difference = jnp.max(jnp.abs(ij.flatten(alone, PARAMS) - ij.flatten(X, PARAMS)[index]))
-            assert difference <= 1e-14 * jnp.max(jnp.abs(ij.flatten(X, PARAMS)))
+            assert difference <= 1e-10 * jnp.max(jnp.abs(ij.flatten(X, PARAMS)))
             assert alone_info.steps == info.steps[index]
 
     def test_more_right_hand_sides_than_parameters(self):
