@@ -1,16 +1,24 @@
-"""Reading jaxprs in a way that holds across the jax versions supported."""
+"""Reading and running jaxprs in a way that holds across the jax versions supported.
+
+jax gives no promise about these structures: every place that depends on one is in this file.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from jax.extend.core import Literal
+
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+CHECKPOINTS = ("remat2", "remat", "checkpoint")
 
 
 def matmul_flops(jaxpr: Any) -> int:
     """Floating-point operations in the matrix products and convolutions of a jaxpr, loops and calls included."""
     total = 0
-    for equation in _open(jaxpr).eqns:
+    for equation in opened(jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
@@ -26,18 +34,54 @@ def matmul_flops(jaxpr: Any) -> int:
 
 def uses(jaxpr: Any, primitive: str) -> bool:
     """Whether a primitive whose name starts like that occurs, at any depth."""
-    equations = _open(jaxpr).eqns
+    equations = opened(jaxpr).eqns
     if any(equation.primitive.name.startswith(primitive) for equation in equations):
         return True
     inner = (jaxpr for equation in equations for value in equation.params.values() for jaxpr in _jaxprs(value))
     return any(uses(jaxpr, primitive) for jaxpr in inner)
 
 
-def _open(jaxpr: Any) -> Any:
+def opened(jaxpr: Any) -> Any:
+    """The jaxpr itself: up to jax 0.11 a closed one is a pair, since 0.12 there is one class."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def constants(jaxpr: Any) -> Sequence[Any]:
+    """The values of its constants."""
+    return tuple(getattr(jaxpr, "consts", ()))
+
+
+def called(equation: Any) -> Any | None:
+    """The jaxpr that an equation calls once with its own operands, keeping its derivative rules; else None."""
+    if equation.primitive.name not in CALLS + CHECKPOINTS:
+        return None
+    return next((value for value in equation.params.values() if hasattr(opened(value), "eqns")), None)
+
+
+def scan_arity(equation: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    places = params["ft_in"].update(list(range(len(equation.invars))))
+    constants, carry, _ = places.unpack()
+    return len(list(constants)), len(list(carry))
+
+
+def run_equation(equation: Any, values: Sequence[Any]) -> list[Any]:
+    """The outputs of an equation on new operands."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # up to jax 0.9 a pair
+    out = equation.primitive.bind(*functions, *values, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def is_literal(variable: Any) -> bool:
+    """Whether an operand is a number written into the equation."""
+    return isinstance(variable, Literal)
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:
     for item in value if isinstance(value, tuple | list) else (value,):
-        if hasattr(_open(item), "eqns"):
+        if hasattr(opened(item), "eqns"):
             yield item

@@ -7,6 +7,7 @@ from .capabilities import (
     Spectral as Spectral,
     Unsupported as Unsupported,
     diagonal as diagonal,
+    diagonal_blocks as diagonal_blocks,
     minibatch as minibatch,
     restrict as restrict,
     root as root,
@@ -17,6 +18,8 @@ from .capabilities import (
 )
 from .exact import GGN as GGN, EmpiricalFisher as EmpiricalFisher, Hessian as Hessian
 from .fisher import Fisher as Fisher
+from .kfac import ekfac as ekfac, kfac as kfac
+from .kronecker import Kronecker as Kronecker
 from .operator import LinearOperator as LinearOperator, Scaled as Scaled, Sum as Sum
 from .spectrum import Spectrum as Spectrum, spectrum as spectrum
 from .structured import Diagonal as Diagonal, Identity as Identity, LowRank as LowRank

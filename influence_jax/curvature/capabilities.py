@@ -6,6 +6,7 @@ Each is a `functools.singledispatch` function with a fallback; register yours fo
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -170,6 +171,18 @@ def restrict(op: LinearOperator, block: Sequence[str]) -> LinearOperator:
     if not isinstance(op, LinearOperator):
         raise _unsupported(restrict, op, "a block-wise solve")
     return Restricted(op, blocks.as_block(block, op.space))
+
+
+@singledispatch
+def diagonal_blocks(op: LinearOperator) -> OrderedDict[str, blocks.Block]:
+    """The blocks outside of which an operator is known to be zero: names, and the leaves in each; one block `""` of all.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> dict(ij.diagonal_blocks(ij.Identity({"a": jnp.ones(2), "b": jnp.ones(3)})))
+      {'': ('a', 'b')}
+    """
+    return OrderedDict({"": tuple(name for name, _ in tree.named_leaves(_checked(op).space))})
 
 
 @singledispatch
@@ -340,6 +353,11 @@ def _(op: Scaled) -> Spectral:
 def _(op: Scaled, V: PyTree) -> tuple[PyTree, Array]:
     total, weight = sums(op.op, V)
     return tree.scale(op.factor, total), weight
+
+
+@diagonal_blocks.register
+def _(op: Scaled) -> OrderedDict[str, blocks.Block]:
+    return diagonal_blocks(op.op)
 
 
 @restrict.register

@@ -14,9 +14,9 @@ from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from ..batching import batch_size, check_key, check_positive
 from ..gradients import directional
-from ..objective import as_objective
+from ..objective import Objective, as_objective
 from .exact import OverData
-from .outputs import flat_output, floating_output, output_hessian, require_split, square_root
+from .outputs import cost_hessian, flat_output, floating_output, require_split, square_root
 
 # Larger outputs would need the square root of too large a matrix for every example.
 MAX_OUTPUTS = 1024
@@ -91,22 +91,8 @@ class Fisher(OverData):
 
     def _cotangents(self, params: PyTree, example: Keyed) -> Array:
         r"""$u_{is} / \sqrt S$, `(S, C)`."""
-        sample, scale = self.split.sample, self.samples**-0.5
         out = floating_output(self.split, params, example.example)
-        if sample is not None:
-            drawn = jax.vmap(lambda key: _checked_sample(sample(key, out), out))(
-                jax.random.split(example.key, self.samples)
-            )
-            return scale * tree.flatten(tree.promote(drawn), out)
-        axes = [leaf.ndim for leaf in jax.tree.leaves(out)]
-        if len(axes) > 1 or axes[0] > 1 or tree.size(out) > MAX_OUTPUTS:
-            raise ValueError(
-                f"objective: its output {jax.tree.map(jnp.shape, out)} is not one vector of at most {MAX_OUTPUTS} "
-                "entries; give Objective a sample function, e.g. sample=influence_jax.softmax_sample"
-            )
-        half = square_root(output_hessian(self.split, params, example.example))
-        signs = jax.random.rademacher(example.key, (self.samples, half.shape[0]), half.dtype)
-        return scale * jnp.matmul(signs, half.T, precision=tree.HIGHEST)
+        return drawn_cotangents(self.split, out, example, self.samples)
 
     def sum_product(self, params: PyTree, batch: Keyed, weights: Array, v: PyTree) -> PyTree:
         cotangents = jax.vmap(self._cotangents, (None, 0))(params, batch)
@@ -116,6 +102,35 @@ class Fisher(OverData):
 
         values, tangent = directional(rows, params, v)
         return jax.vjp(rows, params)[1](tangent * weights.astype(values.dtype)[:, None])[0]
+
+
+def drawn_cotangents(objective: Objective, out: PyTree, example: Keyed, samples: int) -> Array:
+    r"""Loss gradients $u_s / \sqrt S$ in the output at labels drawn from the model, `(S, C)`."""
+    scale = samples**-0.5
+    if objective.sample is not None:
+        draw = lambda key: _checked_sample(objective.sample(key, out), out)
+        drawn = jax.vmap(draw)(jax.random.split(example.key, samples))
+        return scale * tree.flatten(tree.promote(drawn), out)
+    half = vector_square_root(
+        objective, out, example.example, "give Objective a sample function, e.g. sample=influence_jax.softmax_sample"
+    )
+    signs = jax.random.rademacher(example.key, (samples, half.shape[0]), half.dtype)
+    return scale * jnp.matmul(signs, half.T, precision=tree.HIGHEST)
+
+
+def vector_square_root(objective: Objective, out: PyTree, example: PyTree, otherwise: str) -> Array:
+    """The square root of the loss Hessian in an output that is one vector of few entries, `(C, C)`.
+
+    Raises:
+      ValueError: If it is not, saying what to do otherwise.
+    """
+    axes = [leaf.ndim for leaf in jax.tree.leaves(out)]
+    if len(axes) > 1 or axes[0] > 1 or tree.size(out) > MAX_OUTPUTS:
+        raise ValueError(
+            f"objective: its output {jax.tree.map(jnp.shape, out)} is not one vector of at most {MAX_OUTPUTS} "
+            f"entries; {otherwise}"
+        )
+    return square_root(cost_hessian(objective, out, example))
 
 
 def _checked_sample(drawn: PyTree, out: PyTree) -> PyTree:

@@ -45,12 +45,16 @@ def flat_output(objective: Objective, params: PyTree, example: PyTree) -> Array:
 
 def output_hessian(objective: Objective, params: PyTree, example: PyTree) -> Array:
     """The loss Hessian in the flat output, `(C, C)`."""
-    like = jax.eval_shape(lambda p: floating_output(objective, p, example), params)
+    return cost_hessian(objective, floating_output(objective, params, example), example)
+
+
+def cost_hessian(objective: Objective, out: PyTree, example: PyTree) -> Array:
+    """The loss Hessian in an output that is known, `(C, C)`."""
 
     def cost(flat: Array) -> Array:
-        return objective.cost(tree.cast_like(tree.unflatten(flat, like), like), example)
+        return objective.cost(tree.cast_like(tree.unflatten(flat, out), out), example)
 
-    return jax.hessian(cost)(flat_output(objective, params, example))
+    return jax.hessian(cost)(tree.flatten(tree.promote(out), out))
 
 
 @jax.custom_jvp

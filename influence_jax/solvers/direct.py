@@ -2,6 +2,7 @@ r"""Exact solves: closed forms, Cholesky, eigendecomposition."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,9 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
-from ..curvature import LinearOperator, LowRank, Unsupported, spectral, to_dense
-from .base import Solver, implicit_solve
+from ..curvature import LinearOperator, LowRank, Unsupported, diagonal_blocks, spectral, to_dense
+from .base import Inverse, Solver, implicit_solve
+from .blockwise import State as BlocksState, init_blocks, redamp_blocks, solve_blocks
 from .damping import RelativeDamping, check_damping, redamp, resolve_damping
 from .info import Info
 
@@ -64,7 +66,9 @@ class Direct(Solver):
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> CholeskyState | SpectralState:
+    def init(self, op: LinearOperator, *, key: Key | None = None) -> CholeskyState | SpectralState | BlocksState:
+        if len(groups := diagonal_blocks(op)) > 1:
+            return init_blocks(op, groups, dict.fromkeys(groups, self), key)
         damping = resolve_damping(self.damping, op, key)
         if has_spectral(op) or not op.psd:
             return spectral_state(op, damping)
@@ -73,7 +77,9 @@ class Direct(Solver):
         factor = jnp.linalg.cholesky(damped)
         return CholeskyState(op, damping, factor, _largest_eigenvalue(factor))
 
-    def apply_many(self, state: CholeskyState | SpectralState, V: PyTree) -> tuple[PyTree, Info]:
+    def apply_many(self, state: CholeskyState | SpectralState | BlocksState, V: PyTree) -> tuple[PyTree, Info]:
+        if isinstance(state, OrderedDict):
+            return solve_blocks(state, V)
         fixed = lax.stop_gradient(state)
 
         def solve(B: PyTree) -> tuple[PyTree, Info]:
@@ -82,14 +88,19 @@ class Direct(Solver):
         return implicit_solve(state.op, state.damping, V, solve)
 
     def with_damping(
-        self, state: CholeskyState | SpectralState, damping: Any, *, key: Key | None = None
-    ) -> tuple[Direct, SpectralState]:
+        self, state: CholeskyState | SpectralState | BlocksState, damping: Any, *, key: Key | None = None
+    ) -> tuple[Direct, SpectralState | BlocksState]:
+        if isinstance(state, OrderedDict):
+            return Direct(damping), redamp_blocks(state, damping, key)
         if isinstance(state, CholeskyState):
             raise ValueError(
                 "damping: Direct has factorised this operator at its damping and cannot change it; use "
                 "influence_jax.Eigh(damping), one eigendecomposition that serves every damping"
             )
         return redamp(self, state, damping, key)
+
+    def by_block(self, inverse: Inverse) -> BlocksState:
+        return blocks_of(inverse)
 
     def __repr__(self) -> str:
         return f"Direct(damping={self.damping})"
@@ -117,17 +128,33 @@ class Eigh(Solver):
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> SpectralState:
+    def init(self, op: LinearOperator, *, key: Key | None = None) -> SpectralState | BlocksState:
+        if len(groups := diagonal_blocks(op)) > 1:
+            return init_blocks(op, groups, dict.fromkeys(groups, self), key)
         return spectral_state(op, resolve_damping(self.damping, op, key))
 
-    def apply_many(self, state: SpectralState, V: PyTree) -> tuple[PyTree, Info]:
+    def apply_many(self, state: SpectralState | BlocksState, V: PyTree) -> tuple[PyTree, Info]:
+        if isinstance(state, OrderedDict):
+            return solve_blocks(state, V)
         return implicit_solve(state.op, state.damping, V, lambda B: spectral_solve(lax.stop_gradient(state), B))
 
-    def with_damping(self, state: SpectralState, damping: Any, *, key: Key | None = None) -> tuple[Eigh, SpectralState]:
+    def with_damping(
+        self, state: SpectralState | BlocksState, damping: Any, *, key: Key | None = None
+    ) -> tuple[Eigh, SpectralState | BlocksState]:
+        if isinstance(state, OrderedDict):
+            return Eigh(damping), redamp_blocks(state, damping, key)
         return redamp(self, state, damping, key)
+
+    def by_block(self, inverse: Inverse) -> BlocksState:
+        return blocks_of(inverse)
 
     def __repr__(self) -> str:
         return f"Eigh(damping={self.damping})"
+
+
+def blocks_of(inverse: Inverse) -> BlocksState:
+    """The inverses of the blocks of an operator that is known to be block-diagonal; else one block `""`."""
+    return inverse.state if isinstance(inverse.state, OrderedDict) else OrderedDict({"": inverse})
 
 
 def has_spectral(op: LinearOperator) -> bool:

@@ -1,0 +1,15 @@
+"""Layer capture: what a model does with its parameters, read from the jaxpr of any JAX function."""
+
+from .analysis import Plan as Plan
+from .contract import (
+    LayerFactors as LayerFactors,
+    einsum as einsum,
+    gradient as gradient,
+    layer_factors as layer_factors,
+    moments as moments,
+    products as products,
+    rotate as rotate,
+    rotated as rotated,
+    squares as squares,
+)
+from .layers import MAX_SIDE as MAX_SIDE, Layer as Layer, arrange as arrange, components as components

@@ -1,0 +1,208 @@
+r"""What is made of captured inputs and cotangents: gradients, second moments, scores; each without more than it needs.
+
+For a batch of B examples and K cotangents of each one's output, a use has inputs `(B, G, T, I)` and output cotangents
+`(B, K, G, T, O)`, and the gradient of its matrix is $\sum_t \mathrm{input}_t\, \mathrm{cotangent}_t^\top$.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import tree
+from .._typing import Array, PyTree
+from .analysis import Plan
+from .layers import Layer
+from .run import capture
+
+
+class Factors(NamedTuple):
+    """Of the gradients in one use of a layer.
+
+    Attributes:
+      inputs: `(B, G, T, I)`, a column of ones last if there is a bias; numbers of rows `(B, G, T)` for a lookup.
+      outputs: Cotangents `(B, K, G, T, O)`.
+    """
+
+    inputs: Array
+    outputs: Array
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the inputs are numbers of rows."""
+        return self.inputs.ndim == 3
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.outputs.shape[3]
+
+    def oriented(self, matrix: Array, exchanged: bool) -> Array:
+        """A matrix of the layer as this use has it, inputs first."""
+        return matrix.swapaxes(-1, -2) if exchanged else matrix
+
+
+class LayerFactors(NamedTuple):
+    """Of the gradients in one layer: factors for each use, and gradients `(B, K, G, I, O)` from elsewhere, if any."""
+
+    uses: list[Factors]
+    rest: Array | None
+
+
+def layer_factors(
+    plan: Plan,
+    layers: Sequence[Layer],
+    params: PyTree,
+    batch: PyTree,
+    cotangents: Callable[[PyTree, PyTree], PyTree],
+) -> list[LayerFactors]:
+    """Run a batch, leaves `(B, ...)`, and pull back `cotangents(output, example)`, leaves `(K, *output)`."""
+
+    needed = {layer.kernel for layer in layers if layer.of_entries} | {
+        name for layer in layers if layer.live for name in layer.names
+    }
+    shapes = dict(zip(plan.names, plan.shapes, strict=True))
+
+    def one(example: PyTree) -> tuple[list[Array], list[Array], dict[str, Array]]:
+        captured = capture(plan, params, example)
+        outputs, live = jax.vmap(captured.pull)(cotangents(captured.output, example))
+        found = {plan.names[index]: gradient for index, gradient in live.items()}
+        count = tree.count(outputs) if outputs else tree.count(live) if live else 1
+        zero = lambda name: jnp.zeros((count, *shapes[name].shape), tree.accumulation_dtype(shapes[name].dtype))
+        return captured.inputs, outputs, {name: found[name] if name in found else zero(name) for name in needed}
+
+    inputs, outputs, live = jax.vmap(one)(batch)
+    return [_of_layer(layer, inputs, outputs, live) for layer in layers]
+
+
+def _of_layer(layer: Layer, inputs: list[Array], outputs: list[Array], live: dict[str, Array]) -> LayerFactors:
+    if layer.of_entries or layer.live:
+        flat = {name: live[name].reshape((-1, *live[name].shape[2:])) for name in layer.names}
+        rest = layer.matrix(flat)
+        rest = rest.reshape(live[layer.kernel].shape[:2] + rest.shape[1:])
+    if layer.of_entries:  # one input that is always one
+        return LayerFactors([Factors(jnp.ones((len(rest), 1, 1, 1), rest.dtype), rest)], None)
+    uses = []
+    for index, _ in layer.uses:
+        x = inputs[index]
+        if layer.bias is not None:
+            x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+        uses.append(Factors(x, outputs[index]))
+    return LayerFactors(uses, rest if layer.live else None)
+
+
+def einsum(pattern: str, *operands: Array) -> Array:
+    """`jnp.einsum`, in float32 at least and at the highest precision."""
+    dtype = tree.accumulation_dtype(*(x.dtype for x in operands))
+    return jnp.einsum(pattern, *(x.astype(dtype) for x in operands), precision=tree.HIGHEST)
+
+
+def gradient(layer: Layer, factors: LayerFactors) -> Array:
+    """The gradients of a layer's matrices, `(B, K, G, I, O)`."""
+    parts = [] if factors.rest is None else [factors.rest]
+    for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
+        rows = layer.columns if exchanged else layer.rows
+        parts.append(use.oriented(_outer(use, rows), exchanged))
+    return sum(parts[1:], parts[0])
+
+
+def _outer(use: Factors, rows: int) -> Array:
+    """Sums over positions of outer products, `(B, K, G, I, O)`."""
+    if not use.looked_up:
+        return einsum("bgti,bkgto->bkgio", use.inputs, use.outputs)
+    add = lambda numbers, d: jnp.zeros((rows, d.shape[-1]), d.dtype).at[numbers].add(d, mode="drop")
+    by_group = jax.vmap(jax.vmap(add), (None, 0))  # over groups, then over cotangents
+    return jax.vmap(by_group)(use.inputs, use.outputs)
+
+
+def rotated(layer: Layer, factors: LayerFactors, left: Array | None, right: Array | None) -> LayerFactors:
+    """The factors of `leftᵀ gradient right`, with orthogonal `(G, n, n)` or None for the identity."""
+    uses = []
+    for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
+        before, after = (right, left) if exchanged else (left, right)
+        inputs = use.inputs if before is None else einsum("bgti,gij->bgtj", use.inputs, before)
+        outputs = use.outputs if after is None else einsum("bkgto,gop->bkgtp", use.outputs, after)
+        uses.append(Factors(inputs, outputs))
+    return LayerFactors(uses, None if factors.rest is None else rotate(factors.rest, left, right))
+
+
+def rotate(matrix: Array, left: Array | None, right: Array | None) -> Array:
+    """`leftᵀ matrix right` for matrices `(..., G, I, O)`."""
+    if left is not None:
+        matrix = einsum("...gio,gij->...gjo", matrix, left)
+    return matrix if right is None else einsum("...gio,gop->...gip", matrix, right)
+
+
+def squares(layer: Layer, factors: LayerFactors, weights: Array) -> Array:
+    """`sum_b w_b sum_k gradient²`, entry by entry, `(G, I, O)`."""
+    if factors.rest is None and len(factors.uses) == 1:
+        ((_, exchanged),), (use,) = layer.uses, factors.uses
+        if use.positions == 1 and not use.looked_up:  # the square of one product is a product of squares
+            inputs, outputs = use.inputs[:, :, 0] ** 2, jnp.sum(use.outputs[:, :, :, 0] ** 2, axis=1)
+            return use.oriented(einsum("b,bgi,bgo->gio", weights, inputs, outputs), exchanged)
+    return einsum("b,bkgio->gio", weights, gradient(layer, factors) ** 2)
+
+
+def products(layer: Layer, factors: LayerFactors, vectors: Array) -> Array:
+    """Inner products of the layer's gradients for the first cotangent with matrices `(Q, G, I, O)`, `(B, Q)`."""
+    parts = [] if factors.rest is None else [einsum("bgio,qgio->bq", factors.rest[:, 0], vectors)]
+    for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
+        parts.append(_use_products(use, use.oriented(vectors, exchanged)))
+    return sum(parts[1:], parts[0])
+
+
+def _use_products(use: Factors, vectors: Array) -> Array:
+    inputs, outputs = use.inputs, use.outputs[:, 0]
+    (queries, _, rows, columns), positions = vectors.shape, use.positions
+    if use.looked_up:
+        if queries * positions <= rows:
+            picked = jax.vmap(lambda table, n: table.at[:, n].get(mode="fill", fill_value=0), (1, 1), 2)(
+                vectors, inputs
+            )
+            return einsum("qbgto,bgto->bq", picked, outputs)
+        return einsum("bgio,qgio->bq", _outer(use, rows)[:, 0], vectors)
+    # Gradients once, or every position with every vector: whichever is less work; then the smallest thing to hold.
+    if positions > 1 and positions * queries > positions + queries:
+        return einsum("bgio,qgio->bq", _outer(use, rows)[:, 0], vectors)
+    if queries * min(rows, columns) > rows * columns:
+        return einsum("bgio,qgio->bq", einsum("bgti,bgto->bgio", inputs, outputs), vectors)
+    if rows < columns:
+        return einsum("qbgti,bgti->bq", einsum("bgto,qgio->qbgti", outputs, vectors), inputs)
+    return einsum("qbgto,bgto->bq", einsum("bgti,qgio->qbgto", inputs, vectors), outputs)
+
+
+def moments(
+    layer: Layer, factors: LayerFactors, weights: Array, counted: Callable[[int], Array]
+) -> dict[bool, tuple[Array, Array, Array]]:
+    """Second moments of both sides, undivided, summed over positions and cotangents.
+
+    Args:
+      layer: The layer.
+      factors: Its factors.
+      weights: `(B,)`.
+      counted: From a number of positions T to which of them count, `(B, T)`.
+
+    Returns:
+      By whether inputs and outputs are exchanged: moments of the matrices' rows and columns, `(G, n, n)`, or `(G, n)` for
+      a side that keeps its basis; and the weight of all positions that count.
+    """
+    sums: dict[bool, tuple[Array, Array, Array]] = {}
+    for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
+        own_in, own_out = layer.own_basis[::-1] if exchanged else layer.own_basis
+        positions = counted(use.positions) * weights[:, None]
+        if use.looked_up:
+            add = lambda numbers, w: jnp.zeros((layer.columns if exchanged else layer.rows), w.dtype).at[numbers].add(w)
+            spread = jnp.broadcast_to(positions[:, None], use.inputs.shape).swapaxes(0, 1)
+            inputs = jax.vmap(add)(use.inputs.swapaxes(0, 1), spread)
+        else:
+            inputs = einsum("bt,bgti,bgti->gi" if own_in else "bt,bgti,bgtj->gij", positions, use.inputs, use.inputs)
+        pattern = "bt,bkgto,bkgto->go" if own_out else "bt,bkgto,bkgtp->gop"
+        outputs = einsum(pattern, positions, use.outputs, use.outputs)
+        new = (outputs, inputs) if exchanged else (inputs, outputs)
+        new = (*new, jnp.sum(positions))
+        known = sums.get(exchanged)
+        sums[exchanged] = new if known is None else tuple(x + y for x, y in zip(known, new, strict=True))
+    return sums

@@ -1,0 +1,171 @@
+r"""Equations that are linear in a parameter, in one canonical form.
+
+$\mathrm{out}_{gto} = \sum_i \mathrm{input}_{gti}\, \mathrm{weight}_{gio}$ with groups g, positions t, inputs i and
+outputs o: so the gradient of a weight is the sum over positions of outer products of inputs and output cotangents.
+To teach the interpreter another primitive, add a rule to `LINEAR`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import tree
+from .._typing import Array
+from .views import Reshape, Transpose, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """One equation in the canonical form.
+
+    Attributes:
+      kind: `"dot"`, `"conv"` or `"gather"`, whose input is the number of a row.
+      operand: Which operand the parameter is; the other one is the input.
+      weight: From the parameter to `(G, I, O)`.
+      input: From the input to `(G, T, I)`; for gather to `(G, T)`.
+      output: From the output to `(G, T, O)`.
+      sizes: `(G, I, O)`.
+      positions: T.
+      prepare: What is done to the input first: patches for a convolution, legal row numbers for a gather.
+    """
+
+    kind: str
+    operand: int
+    weight: View
+    input: View
+    output: View
+    sizes: tuple[int, int, int]
+    positions: int
+    prepare: Callable[[Array], Array] | None = None
+
+
+def linear(equation: Any, operand: int) -> Linear | None:
+    """The canonical form of an equation that is linear in that operand; None if there is no rule for it."""
+    rule = LINEAR.get(equation.primitive.name)
+    return rule(equation, operand) if rule is not None else None
+
+
+def _sizes(shape: Sequence[int], axes: Sequence[int]) -> int:
+    return math.prod(shape[axis] for axis in axes)
+
+
+def _dot(equation: Any, operand: int) -> Linear:
+    contracted, batch = equation.params["dimension_numbers"]
+    weight, other = equation.invars[operand].aval, equation.invars[1 - operand].aval
+    w_in, a_in, w_batch, a_batch = (
+        tuple(axes[side]) for axes in (contracted, batch) for side in (operand, 1 - operand)
+    )
+    w_free = tuple(axis for axis in range(weight.ndim) if axis not in w_in + w_batch)
+    a_free = tuple(axis for axis in range(other.ndim) if axis not in a_in + a_batch)
+    groups, inputs = _sizes(weight.shape, w_batch), _sizes(weight.shape, w_in)
+    outputs, positions = _sizes(weight.shape, w_free), _sizes(other.shape, a_free)
+    # The output has the batch axes, then the free axes of the first operand, then those of the second.
+    b, first = len(w_batch), len(w_free) if operand == 0 else len(a_free)
+    axes = range(equation.outvars[0].aval.ndim)
+    order = (*axes[:b], *axes[b + first :], *axes[b : b + first]) if operand == 0 else tuple(axes)
+    out_shape = tuple(equation.outvars[0].aval.shape[axis] for axis in order)
+    return Linear(
+        "dot",
+        operand,
+        _arranged(weight.shape, w_batch + w_in + w_free, (groups, inputs, outputs)),
+        _arranged(other.shape, a_batch + a_free + a_in, (groups, positions, inputs)),
+        View((Transpose(order), Reshape(out_shape, (groups, positions, outputs)))),
+        (groups, inputs, outputs),
+        positions,
+    )
+
+
+def _arranged(shape: Sequence[int], order: tuple[int, ...], after: tuple[int, ...]) -> View:
+    return View((Transpose(order), Reshape(tuple(shape[axis] for axis in order), after)))
+
+
+def _conv(equation: Any, operand: int) -> Linear | None:
+    params, kernel, out = equation.params, equation.invars[1].aval, equation.outvars[0].aval
+    if operand != 1 or params["batch_group_count"] != 1:
+        return None
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    spec, out_spec = numbers.rhs_spec, numbers.out_spec
+    window = tuple(kernel.shape[axis] for axis in spec[2:])
+    outputs, inputs = kernel.shape[spec[0]] // groups, kernel.shape[spec[1]] * math.prod(window)
+    patches = partial(
+        lax.conv_general_dilated_patches,
+        filter_shape=window,
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=numbers,
+        precision=tree.HIGHEST,
+    )
+    # Patches are laid out like the output, channel-major within their features, so that groups come first.
+    order = (out_spec[0], *out_spec[2:], out_spec[1])
+    sizes = tuple(out.shape[axis] for axis in order[:-1])
+    positions = math.prod(sizes)
+    by_group = lambda features: View(
+        (
+            Transpose(order),
+            Reshape((*sizes, groups * features), (positions, groups, features)),
+            Transpose((1, 0, 2)),
+        )
+    )
+    oihw = tuple(kernel.shape[axis] for axis in spec)
+    weight = View((Transpose(spec), Reshape(oihw, (groups, outputs, inputs)), Transpose((0, 2, 1))))
+    form = (groups, inputs, outputs)
+    return Linear("conv", 1, weight, by_group(inputs), by_group(outputs), form, positions, patches)
+
+
+def _gather(equation: Any, operand: int) -> Linear | None:
+    """Whole rows looked up by number: an embedding.  Its input is one-hot and never written out."""
+    table, indices, out = equation.invars[0].aval, equation.invars[1].aval, equation.outvars[0].aval
+    numbers, mode = equation.params["dimension_numbers"], equation.params["mode"]
+    if operand != 0 or len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
+        return None
+    (axis,) = numbers.collapsed_slice_dims
+    rest = tuple(a for a in range(table.ndim) if a != axis)
+    whole = tuple(1 if a == axis else size for a, size in enumerate(table.shape))
+    modes = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.FILL_OR_DROP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if numbers.start_index_map != (axis,) or tuple(equation.params["slice_sizes"]) != whole or mode not in modes:
+        return None
+    positions, rows, width = indices.size, table.shape[axis], _sizes(table.shape, rest)
+    offset = tuple(numbers.offset_dims)
+    lookups = tuple(a for a in range(out.ndim) if a not in offset)
+    return Linear(
+        "gather",
+        0,
+        _arranged(table.shape, (axis, *rest), (1, rows, width)),
+        View((Reshape(indices.shape, (1, positions)),)),
+        _arranged(out.shape, lookups + offset, (1, positions, width)),
+        (1, rows, width),
+        positions,
+        partial(_rows, count=rows, clip=mode is lax.GatherScatterMode.CLIP),
+    )
+
+
+def _rows(indices: Array, *, count: int, clip: bool) -> Array:
+    """Row numbers as the gather reads them; those it drops point behind the last row."""
+    if clip:
+        return jnp.clip(indices, 0, count - 1)
+    return jnp.where((indices < 0) | (indices >= count), count, indices)
+
+
+LINEAR: dict[str, Callable[[Any, int], Linear | None]] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _conv,
+    "gather": _gather,
+}
+
+
+def canonical_input(rule: Linear, x: Array, loops: int) -> Array:
+    """A captured input `(*loops, ...)` as `(*loops, G, T, I)`, or row numbers `(*loops, G, T)`."""
+    prepare = rule.prepare
+    for _ in range(loops if prepare is not None else 0):
+        prepare = jax.vmap(prepare)
+    return rule.input.apply(x if prepare is None else prepare(x), loops)
