@@ -13,6 +13,7 @@ from .adapters import from_linen as from_linen, from_nnx as from_nnx
 from .batching import Batch as Batch
 from .blocks import by_layer as by_layer, by_parameter as by_parameter, full as full
 from .bounds import score_bounds as score_bounds
+from .capture import Coverage as Coverage, coverage as coverage
 from .curvature import (
     GGN as GGN,
     Diagonal as Diagonal,

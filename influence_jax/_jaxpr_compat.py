@@ -5,7 +5,6 @@ jax gives no promise about these structures: every place that depends on one is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,23 +12,6 @@ from jax.extend.core import Literal
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 CHECKPOINTS = ("remat2", "remat", "checkpoint")
-
-
-def matmul_flops(jaxpr: Any) -> int:
-    """Floating-point operations in the matrix products and convolutions of a jaxpr, loops and calls included."""
-    total = 0
-    for equation in opened(jaxpr).eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            kernel, features = equation.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
-            total += 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[features]
-        repeats = params.get("length", 1) if name == "scan" else 1
-        total += repeats * sum(matmul_flops(inner) for value in params.values() for inner in _jaxprs(value))
-    return total
 
 
 def uses(jaxpr: Any, primitive: str) -> bool:

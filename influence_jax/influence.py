@@ -9,10 +9,8 @@ the query's loss.
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -22,17 +20,20 @@ from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_positive, chunk_for, map_chunks
 from .blocks import Block, Blocks, join, partition, select
 from .curvature import Identity, LinearOperator
+from .curvature.outputs import require_split
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
-from .scoring import TopK, inner_products, perturbed, top_k
+from .scoring import (
+    InfluenceMode as InfluenceMode,
+    TopK,
+    as_mode,
+    by_position,
+    check_positions,
+    inner_products,
+    perturbed,
+    top_k,
+)
 from .solvers import Info, Inverse, report, solve_with_info
-
-
-class InfluenceMode(enum.StrEnum):
-    """What is done to a training example: weighted up, or its input perturbed."""
-
-    Up = "up"
-    Perturbation = "perturbation"
 
 
 @dataclass
@@ -310,6 +311,28 @@ class Influence:
         report(info, self.inverse, self.throw)
         return values
 
+    def token_influences(self, query: PyTree, train: PyTree) -> Array:
+        r"""Influence of every position of every training example on every query; they sum to `influences`.
+
+        $s_{qit} = \langle\partial_{out_t}\ell_i,\, (J_i P\,\nabla f_q)_t\rangle$: what the loss at output position t
+        contributes, through all parameters.  For a language model, what learning the next token at t does to the query.
+
+        Args:
+          query: Leaves `(Q, ...)`.
+          train: Leaves `(N, ...)`, for which the model's output is `(T, C)`.
+
+        Returns:
+          `(Q, N, T)`.
+
+        Raises:
+          TypeError: If the objective is not split into prediction and loss.
+          ValueError: If the output is not one array `(T, C)`.
+        """
+        query, train = as_batch(query, "query"), as_batch(train, "train")
+        objective = require_split(as_objective(self.objective), "token_influences")
+        check_positions(objective, self.params, train)
+        return by_position(objective, self.params, self._solved(query), train, self.chunk, self.rhs_chunk)
+
     def top_k(self, query: PyTree, train: PyTree, k: int) -> TopK:
         """The k most helpful training examples of each query; negate scores for the most harmful.
 
@@ -338,17 +361,6 @@ class Influence:
     def __repr__(self) -> str:
         asked = "" if self.measurement is None else f", measurement={self.measurement!r}"
         return f"Influence({self.objective!r}, {self.inverse!r}{asked})"
-
-
-def as_mode(mode: Any) -> InfluenceMode:
-    """The influence mode, from itself or its name.
-
-    Raises:
-      ValueError: If there is no such mode.
-    """
-    if isinstance(mode, str) and mode in tuple(InfluenceMode):
-        return InfluenceMode(mode)
-    raise ValueError(f"mode: got {mode!r}, expected one of {[str(m) for m in InfluenceMode]}")
 
 
 @jax.jit

@@ -127,6 +127,18 @@ def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnl
     return LossOnly(objective)
 
 
+def floating_output(objective: Objective, params: PyTree, example: PyTree) -> PyTree:
+    """The model's output for one example, checked to be floating."""
+    out = objective.output(params, example)
+    for path, leaf in tree.named_leaves(out):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"predict: leaf '{path}' of the output is {jnp.result_type(leaf)}, expected floating outputs only, for "
+                "GGN and Fisher differentiate the loss in all of them"
+            )
+    return out
+
+
 def on_block(
     objective: Objective | LossOnly, params: PyTree, block: Block
 ) -> tuple[Objective | LossOnly, dict[str, Array]]:

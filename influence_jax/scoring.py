@@ -2,24 +2,30 @@ r"""Scores from factors: inner products of solved vectors with per-example gradi
 
 from __future__ import annotations
 
+import enum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from . import tree
-from ._jaxpr_compat import matmul_flops
 from ._typing import Array, PyTree
-from .batching import chunk_for, map_over, scan_chunks
-from .gradients import _jacobian_product, _mixed_product
-from .objective import LossOnly, Objective
+from .batching import chunk_for, map_chunks, map_over, rhs_chunk_or_default, scan_chunks
+from .capture import arrange, held_entries, layer_factors, products
+from .gradients import _jacobian_product, _mixed_product, directional, matching
+from .objective import LossOnly, Objective, floating_output
 
-# A product with per-example gradients costs what this many directional derivatives do, plus this many operations per
-# parameter for writing and reading the gradients; fitted to MLPs, a CNN and a transformer on CPU.
-GRADIENT_PASSES = 3
-OPERATIONS_PER_ENTRY = 150
+# Up to this many factors, forward-mode passes are the cheaper way.
+DIRECTIONAL = 2
+
+
+class InfluenceMode(enum.StrEnum):
+    """What is done to a training example: weighted up, or its input perturbed."""
+
+    Up = "up"
+    Perturbation = "perturbation"
 
 
 class TopK(NamedTuple):
@@ -42,27 +48,26 @@ def inner_products(
     chunk: int | None,
     rhs_chunk: int | None,
 ) -> Array:
-    """Inner products of factors and per-example gradients, `(N, Q)`."""
-    if _directional(objective, params, batch, tree.count(factors)):
+    """Inner products of factors and per-example gradients, `(N, Q)`.
+
+    One forward-mode pass per factor, or, of more than a few, one run of each example whose captured inputs and
+    cotangents are contracted with all factors; in neither is a gradient of all parameters formed.
+    """
+    if tree.count(factors) <= DIRECTIONAL:
         return _jacobian_product(objective, params, batch, factors, chunk, rhs_chunk)
     wide = tree.promote(params)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    plan, layers = arrange(objective, wide, example)
+    leaves = dict(tree.named_leaves(tree.promote(factors)))
+    vectors = [layer.matrix(leaves) for layer in layers]
 
-    def one(example: PyTree) -> Array:
-        return tree.gram(factors, tree.stack_of_one(jax.grad(objective)(wide, example)))[:, 0]
+    def one_chunk(part: PyTree) -> Array:
+        found = layer_factors(plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype))
+        parts = [products(layer, f, v) for layer, f, v in zip(layers, found, vectors, strict=True)]
+        return sum(parts[1:], parts[0])
 
-    return map_over(one, batch, chunk=chunk or chunk_for(tree.size(params)))
-
-
-def _directional(objective: Objective | LossOnly, params: PyTree, batch: PyTree, factors: int) -> bool:
-    """Whether one forward-mode pass per factor is cheaper than gradients of every example and one matrix product.
-
-    Decided from shapes: a model that uses its parameters once per example (a dense network) spends more on storing
-    gradients than on computing them, one that uses them at every position (convolution, sequence) does not.
-    """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    jaxpr = jax.make_jaxpr(objective)(params, shapes)
-    flops = matmul_flops(jaxpr)
-    return factors <= GRADIENT_PASSES + OPERATIONS_PER_ENTRY * tree.size(params) / max(flops, 1)
+    held = sum(held_entries(plan, layer, vectors=tree.count(factors)) for layer in layers)
+    return map_chunks(one_chunk, batch, chunk=chunk or chunk_for(held))
 
 
 @partial(jax.jit, static_argnames=("wrt", "chunk", "rhs_chunk"))
@@ -78,6 +83,36 @@ def perturbed(
     """Derivatives of the inner products in a part of each example, leaves `(Q, N, *x.shape)`."""
     products = _mixed_product(objective, params, batch, factors, wrt, chunk, rhs_chunk)
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), products)
+
+
+def check_positions(objective: Objective, params: PyTree, batch: PyTree) -> None:
+    """Raise unless the model's output has a row for each position."""
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(objective.output, params, example))
+    if len(jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))) != 1 or len(shapes) != 2:
+        raise ValueError(
+            f"objective: its output has shape {shapes} for one example, expected one array (T, C), a row for each "
+            "position; use influences for scores of whole examples"
+        )
+
+
+@partial(jax.jit, static_argnames=("chunk", "rhs_chunk"))
+def by_position(
+    objective: Objective, params: PyTree, factors: PyTree, batch: PyTree, chunk: int | None, rhs_chunk: int | None
+) -> Array:
+    """What each row of the output contributes to the inner products, `(Q, N, T)`."""
+    params, factors = matching(params, tree.promote(factors))
+
+    def one(example: PyTree) -> Array:
+        slope = jax.grad(lambda out: objective.cost(out, example))(floating_output(objective, params, example))
+
+        def along(vector: PyTree) -> Array:
+            tangent = directional(lambda p: floating_output(objective, p, example), params, vector)[1]
+            return jnp.sum(tree.promote(slope) * tree.promote(tangent), axis=-1)
+
+        return map_over(along, factors, chunk=rhs_chunk_or_default(rhs_chunk))
+
+    return jnp.swapaxes(map_over(one, batch, chunk=chunk), 0, 1)
 
 
 @partial(jax.jit, static_argnames=("k", "chunk", "rhs_chunk"))
@@ -104,3 +139,14 @@ def top_k(
     none = (jnp.ones((queries, k), bool), jnp.zeros((queries, k), dtype), jnp.full((queries, k), total, jnp.int32))
     _, losses, indices = scan_chunks(merge, none, batch, chunk=chunk)
     return TopK(-losses, indices)
+
+
+def as_mode(mode: Any) -> InfluenceMode:
+    """The influence mode, from itself or its name.
+
+    Raises:
+      ValueError: If there is no such mode.
+    """
+    if isinstance(mode, str) and mode in tuple(InfluenceMode):
+        return InfluenceMode(mode)
+    raise ValueError(f"mode: got {mode!r}, expected one of {[str(m) for m in InfluenceMode]}")

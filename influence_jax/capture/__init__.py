@@ -5,6 +5,7 @@ from .contract import (
     LayerFactors as LayerFactors,
     einsum as einsum,
     gradient as gradient,
+    held_entries as held_entries,
     layer_factors as layer_factors,
     moments as moments,
     products as products,
@@ -12,4 +13,5 @@ from .contract import (
     rotated as rotated,
     squares as squares,
 )
+from .coverage import Coverage as Coverage, coverage as coverage
 from .layers import MAX_SIDE as MAX_SIDE, Layer as Layer, arrange as arrange, components as components

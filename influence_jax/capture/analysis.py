@@ -164,7 +164,8 @@ class _Reader:
         for place, equation in enumerate(jaxpr.eqns):
             operands = [look(v) for v in equation.invars]
             # What is read again elsewhere has another cotangent than the bias that is added here.
-            once = [None if isinstance(t, Output) and read[v] > 1 else t for t, v in zip(operands, equation.invars)]
+            pairs = zip(operands, equation.invars, strict=True)
+            once = [None if isinstance(tag, Output) and read[v] > 1 else tag for tag, v in pairs]
             if any(tag is not None for tag in operands):
                 out = self._equation(node, place, equation, once, loops)
                 tags.update(zip(equation.outvars, out, strict=True))

@@ -60,7 +60,6 @@ def layer_factors(
     cotangents: Callable[[PyTree, PyTree], PyTree],
 ) -> list[LayerFactors]:
     """Run a batch, leaves `(B, ...)`, and pull back `cotangents(output, example)`, leaves `(K, *output)`."""
-
     needed = {layer.kernel for layer in layers if layer.of_entries} | {
         name for layer in layers if layer.live for name in layer.names
     }
@@ -170,8 +169,8 @@ def _use_products(use: Factors, vectors: Array) -> Array:
     if queries * min(rows, columns) > rows * columns:
         return einsum("bgio,qgio->bq", einsum("bgti,bgto->bgio", inputs, outputs), vectors)
     if rows < columns:
-        return einsum("qbgti,bgti->bq", einsum("bgto,qgio->qbgti", outputs, vectors), inputs)
-    return einsum("qbgto,bgto->bq", einsum("bgti,qgio->qbgto", inputs, vectors), outputs)
+        return einsum("gbtqi,bgti->bq", einsum("bgto,qgio->gbtqi", outputs, vectors), inputs)
+    return einsum("gbtqo,bgto->bq", einsum("bgti,qgio->gbtqo", inputs, vectors), outputs)
 
 
 def moments(
@@ -186,17 +185,15 @@ def moments(
       counted: From a number of positions T to which of them count, `(B, T)`.
 
     Returns:
-      By whether inputs and outputs are exchanged: moments of the matrices' rows and columns, `(G, n, n)`, or `(G, n)` for
-      a side that keeps its basis; and the weight of all positions that count.
+      By whether inputs and outputs are exchanged: moments of the matrices' rows and columns, `(G, n, n)`, or `(G, n)`
+      for a side that keeps its basis; and the weight of all positions that count.
     """
     sums: dict[bool, tuple[Array, Array, Array]] = {}
     for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
         own_in, own_out = layer.own_basis[::-1] if exchanged else layer.own_basis
         positions = counted(use.positions) * weights[:, None]
         if use.looked_up:
-            add = lambda numbers, w: jnp.zeros((layer.columns if exchanged else layer.rows), w.dtype).at[numbers].add(w)
-            spread = jnp.broadcast_to(positions[:, None], use.inputs.shape).swapaxes(0, 1)
-            inputs = jax.vmap(add)(use.inputs.swapaxes(0, 1), spread)
+            inputs = _frequencies(use, positions, layer.columns if exchanged else layer.rows)
         else:
             inputs = einsum("bt,bgti,bgti->gi" if own_in else "bt,bgti,bgtj->gij", positions, use.inputs, use.inputs)
         pattern = "bt,bkgto,bkgto->go" if own_out else "bt,bkgto,bkgtp->gop"
@@ -206,3 +203,29 @@ def moments(
         known = sums.get(exchanged)
         sums[exchanged] = new if known is None else tuple(x + y for x, y in zip(known, new, strict=True))
     return sums
+
+
+def _frequencies(use: Factors, weights: Array, rows: int) -> Array:
+    """How often each row is looked up, `(G, n)`: the second moment of one-hot inputs is diagonal."""
+    add = lambda numbers: jnp.zeros(rows, weights.dtype).at[numbers].add(weights, mode="drop")
+    return jax.vmap(add, 1)(use.inputs)
+
+
+def held_entries(plan: Plan, layer: Layer, *, cotangents: int = 1, vectors: int = 0, whole: bool = False) -> int:
+    """How many numbers one example holds of a layer, at most: to choose how many examples to take at once.
+
+    Args:
+      plan: Where the layer is from.
+      layer: The layer.
+      cotangents: K.
+      vectors: How many vectors the gradients are multiplied with.
+      whole: Whether gradients are formed where that takes more than factors.
+    """
+    size = layer.groups * layer.rows * layer.columns
+    uses = [plan.uses[index] for index, _ in layer.uses] if not layer.of_entries else []
+    positions = max([use.positions for use in uses], default=1)
+    held = layer.groups * positions * (layer.rows + cotangents * layer.columns) + size * layer.live
+    if vectors:
+        side = min(layer.rows, layer.columns)
+        held += min(size, layer.groups * vectors * positions * side)
+    return held + cotangents * size * (whole and (positions > 1 or len(uses) > 1 or layer.live))

@@ -18,6 +18,8 @@ from .views import Reshape, Shape, View, numbered
 
 # Sides of a matrix longer than this keep their own basis: a dense one would take the square of it.
 MAX_SIDE = 4096
+# A leaf that is no matrix is one block up to this many entries, its diagonal beyond.
+MAX_BLOCK = 1024
 # The use of a leaf that is no matrix.
 ENTRIES = -1
 
@@ -154,7 +156,7 @@ class _Arrangement:
         """A leaf as one row: curvature of its entries, exact if they are few enough, else the diagonal."""
         shape = self.plan.shapes[leaf].shape
         whole = (1, 1, math.prod(shape))
-        own = (True, not 0 < whole[-1] <= self.max_side)
+        own = (True, not 0 < whole[-1] <= min(MAX_BLOCK, self.max_side))
         return Layer(self.plan.names[leaf], View((Reshape(shape, whole),)), whole, own_basis=own)
 
     def _of_kernel(self, leaf: int, members: list[int]) -> list[Layer]:
@@ -188,11 +190,11 @@ class _Arrangement:
         bias = self._bias(uses, any(exchanged for _, exchanged in members))
         looked_up = {exchanged for (_, exchanged), use in zip(members, uses, strict=True) if use.rule.kind == "gather"}
         sides = (shape[-2] + (bias is not None), shape[-1])
-        rows, columns = (size > self.max_side or side in looked_up for side, size in zip((False, True), sides))
+        own_basis = (sides[0] > self.max_side or False in looked_up, sides[1] > self.max_side or True in looked_up)
         name, live = self.plan.names[leaf], leaf in self.plan.live
         if bias is not None:
             live = live or bias[0] in {self.plan.names[index] for index in self.plan.live}
-        return Layer(name, self._view(members[0][0]), shape, bias, tuple(members), live, (rows, columns))
+        return Layer(name, self._view(members[0][0]), shape, bias, tuple(members), live, own_basis)
 
     def _bias(self, uses: Sequence[Use], exchanged: bool) -> tuple[str, tuple[int, ...]] | None:
         """The bias that all uses have in common and nothing else has; any other one is no row."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from .. import tree
 from .._typing import Array
 from .views import Reshape, Transpose, View
 
@@ -94,32 +94,39 @@ def _conv(equation: Any, operand: int) -> Linear | None:
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     spec, out_spec = numbers.rhs_spec, numbers.out_spec
     window = tuple(kernel.shape[axis] for axis in spec[2:])
-    outputs, inputs = kernel.shape[spec[0]] // groups, kernel.shape[spec[1]] * math.prod(window)
-    patches = partial(
-        lax.conv_general_dilated_patches,
-        filter_shape=window,
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=numbers,
-        precision=tree.HIGHEST,
-    )
-    # Patches are laid out like the output, channel-major within their features, so that groups come first.
-    order = (out_spec[0], *out_spec[2:], out_spec[1])
-    sizes = tuple(out.shape[axis] for axis in order[:-1])
-    positions = math.prod(sizes)
-    by_group = lambda features: View(
-        (
-            Transpose(order),
-            Reshape((*sizes, groups * features), (positions, groups, features)),
-            Transpose((1, 0, 2)),
-        )
-    )
+    outputs, channels = kernel.shape[spec[0]] // groups, kernel.shape[spec[1]]
+    inputs, order = channels * math.prod(window), (out_spec[0], *out_spec[2:], out_spec[1])
+    places = tuple(out.shape[axis] for axis in order[:-1])
+    positions = math.prod(places)
+    # Inputs and outputs of one group are next to each other among the channels.
+    by_group = lambda before, features: (Reshape(before, (positions, groups, features)), Transpose((1, 0, 2)))
     oihw = tuple(kernel.shape[axis] for axis in spec)
-    weight = View((Transpose(spec), Reshape(oihw, (groups, outputs, inputs)), Transpose((0, 2, 1))))
-    form = (groups, inputs, outputs)
-    return Linear("conv", 1, weight, by_group(inputs), by_group(outputs), form, positions, patches)
+    return Linear(
+        "conv",
+        1,
+        View((Transpose(spec), Reshape(oihw, (groups, outputs, inputs)), Transpose((0, 2, 1)))),
+        View(by_group((*places, groups * channels, math.prod(window)), inputs)),
+        View((Transpose(order), *by_group((*places, groups * outputs), outputs))),
+        (groups, inputs, outputs),
+        positions,
+        partial(_patches, params=params, window=window, places=places[1:]),
+    )
+
+
+def _patches(x: Array, *, params: dict[str, Any], window: tuple[int, ...], places: tuple[int, ...]) -> Array:
+    """What each output of a convolution sees, `(N, *places, channels, window)`: one slice per entry of the window."""
+    spec = params["dimension_numbers"].lhs_spec
+    x = x.transpose((spec[0], *spec[2:], spec[1]))
+    inner = [(low, high, gap - 1) for (low, high), gap in zip(params["padding"], params["lhs_dilation"], strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
+
+    def seen(offset: tuple[int, ...]) -> Array:
+        strides = params["window_strides"]
+        starts = [place * gap for place, gap in zip(offset, params["rhs_dilation"], strict=True)]
+        ends = [start + (n - 1) * step + 1 for start, n, step in zip(starts, places, strides, strict=True)]
+        return x[(slice(None), *(slice(*part) for part in zip(starts, ends, strides, strict=True)))]
+
+    return jnp.stack([seen(offset) for offset in np.ndindex(*window)], axis=-1)
 
 
 def _gather(equation: Any, operand: int) -> Linear | None:

@@ -54,7 +54,7 @@ def capture(plan: Plan, params: PyTree, example: PyTree) -> Captured:
         return [tree.promote(d) for d in arranged], tree.promote(live)
 
     raw = [canonical_input(use.rule, inputs[index], len(use.loops)) for index, use in enumerate(plan.uses)]
-    return Captured(output, [_wide(_folded(use, x)) for use, x in zip(plan.uses, raw)], pull)
+    return Captured(output, [_wide(_folded(use, x)) for use, x in zip(plan.uses, raw, strict=True)], pull)
 
 
 def _wide(x: Array) -> Array:
@@ -101,10 +101,9 @@ def _run(
             inputs[use] = plain[1 - operand]
             out = [run_equation(equation, plain)[0] + probes[use]]
         else:
-            bias = node.biases.get(place)
-            out = run_equation(
-                equation, [x if k == bias else y for k, (x, y) in enumerate(zip(plain, _moved(plain, also)))]
-            )
+            if place in node.biases:  # its gradient comes with the output that it is added to
+                also[node.biases[place]] = None
+            out = run_equation(equation, _moved(plain, also))
         values.update(zip(equation.outvars, out, strict=True))
         moving.update((v, x) for v, x in zip(equation.outvars, again, strict=True) if x is not None)
     return [read(v) for v in jaxpr.outvars], [second(v) for v in jaxpr.outvars], inputs

@@ -1,8 +1,8 @@
 """How what an operation consumes is cut out of a parameter leaf: reshapes, transposes, slices, steps of a scan.
 
-A view is a chain of small steps.  Each applies to numpy and JAX arrays alike, with any leading axes in front, and can be
-undone: entries go back to where they came from, and what was cut off is zero.  Casts are no steps, so a view keeps the
-dtype it is given.
+A view is a chain of small steps.  Each applies to numpy and JAX arrays alike, with any leading axes in front, and can
+be undone: entries go back to where they came from, and what was cut off is zero.  Casts are no steps, so a view keeps
+the dtype it is given.
 """
 
 from __future__ import annotations

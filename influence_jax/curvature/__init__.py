@@ -1,6 +1,6 @@
 """Curvature as linear operators on parameter-shaped trees."""
 
-from . import per_example as per_example
+from . import assembled as assembled, per_example as per_example
 from .capabilities import (
     Restricted as Restricted,
     Root as Root,

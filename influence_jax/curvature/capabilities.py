@@ -175,7 +175,7 @@ def restrict(op: LinearOperator, block: Sequence[str]) -> LinearOperator:
 
 @singledispatch
 def diagonal_blocks(op: LinearOperator) -> OrderedDict[str, blocks.Block]:
-    """The blocks outside of which an operator is known to be zero: names, and the leaves in each; one block `""` of all.
+    """The blocks outside of which an operator is known to be zero: names, and leaves in each; one block `""` of all.
 
     Example:
       >>> import influence_jax as ij

@@ -21,10 +21,10 @@ from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
 from ..batching import as_batch, check_chunk, map_over, rhs_chunk_or_default, sum_over, take
 from ..gradients import directional, matching
-from ..objective import LossOnly, Objective, as_objective, on_block
+from ..objective import LossOnly, Objective, as_objective, floating_output, on_block
 from .capabilities import minibatch, restrict, sums, wide_dtype
 from .operator import LinearOperator
-from .outputs import floating_output, require_split
+from .outputs import require_split
 
 
 @dataclass

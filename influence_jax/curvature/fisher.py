@@ -14,9 +14,9 @@ from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from ..batching import batch_size, check_key, check_positive
 from ..gradients import directional
-from ..objective import Objective, as_objective
+from ..objective import Objective, as_objective, floating_output
 from .exact import OverData
-from .outputs import cost_hessian, flat_output, floating_output, require_split, square_root
+from .outputs import cost_hessian, flat_output, require_split, square_root
 
 # Larger outputs would need the square root of too large a matrix for every example.
 MAX_OUTPUTS = 1024

@@ -1,4 +1,4 @@
-r"""Kronecker-factored curvature as an operator: a rotation per side of every layer's matrix, and eigenvalues in between."""
+r"""Kronecker-factored curvature as an operator: rotations of both sides of every layer's matrix, and eigenvalues."""
 
 from __future__ import annotations
 

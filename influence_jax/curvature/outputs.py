@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .. import tree
 from .._typing import Array, PyTree
-from ..objective import LossOnly, Objective
+from ..objective import LossOnly, Objective, floating_output
 
 
 def require_split(objective: Objective | LossOnly, operator: str) -> Objective:
@@ -23,18 +23,6 @@ def require_split(objective: Objective | LossOnly, operator: str) -> Objective:
         "model's output; write Objective(predict, loss) with predict(params, example) and loss(output, example), or "
         "use Hessian or EmpiricalFisher"
     )
-
-
-def floating_output(objective: Objective, params: PyTree, example: PyTree) -> PyTree:
-    """The model's output for one example, checked to be floating."""
-    out = objective.output(params, example)
-    for path, leaf in tree.named_leaves(out):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"predict: leaf '{path}' of the output is {jnp.result_type(leaf)}, expected floating outputs only, for "
-                "GGN and Fisher differentiate the loss in all of them"
-            )
-    return out
 
 
 def flat_output(objective: Objective, params: PyTree, example: PyTree) -> Array:

@@ -86,10 +86,10 @@ def _assembled_diagonal(op: OverData, rows: int) -> PyTree:
     return divide(*sum_over_data(op, chunk_sum, _chunk(op, rows)))
 
 
-@to_dense.register(GGN)
 @to_dense.register(EmpiricalFisher)
 @to_dense.register(Fisher)
-def _(op: OverData) -> Array:
+def dense_by_rows(op: OverData) -> Array:
+    """The matrix from all examples' factors, or if these have too many rows, from products."""
     rows = row_count(op)
     return _assembled_dense(op, rows) if rows <= MAX_ROWS else symmetric(dense_by_products(op))
 
