@@ -72,6 +72,19 @@ class Use:
 
 
 @dataclasses.dataclass
+class Live:
+    """How a leaf is used where no rule applies.
+
+    Attributes:
+      ways: By which primitives.
+      stepped: How many of its first axes scans step through, wherever it is used.
+    """
+
+    ways: list[str]
+    stepped: int
+
+
+@dataclasses.dataclass
 class Node:
     """How to run one jaxpr: what to do at which of its equations; at all others, live leaves are used as they are."""
 
@@ -97,7 +110,7 @@ class Plan:
       node: How to run the function.
       constants: Arrays it closes over.
       uses: All uses.
-      live: Leaves that are also, or only, used in another way, and by which primitives.
+      live: Leaves that are also, or only, used in another way.
       names: Of the leaves.
       shapes: Of the leaves.
       output: Shapes of the function's output.
@@ -106,7 +119,7 @@ class Plan:
     node: Node
     constants: Sequence[Any]
     uses: list[Use]
-    live: dict[int, list[str]]
+    live: dict[int, Live]
     names: tuple[str, ...]
     shapes: list[jax.ShapeDtypeStruct]
     output: PyTree
@@ -147,12 +160,19 @@ class _Reader:
     def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], exact: frozenset[int]) -> None:
         self.shapes, self.exact = shapes, exact
         self.uses: list[Use] = []
-        self.live: dict[int, list[str]] = {}
+        self.live: dict[int, Live] = {}
 
     def mark(self, tag: Tag, why: str) -> None:
         """A leaf is used in a way that no rule covers."""
-        if isinstance(tag, Leaf) and why not in self.live.setdefault(tag.leaf, []):
-            self.live[tag.leaf].append(why)
+        if not isinstance(tag, Leaf):
+            return
+        stepped = next(
+            (n for n, step in enumerate(tag.view.steps) if not isinstance(step, Scanned)), len(tag.view.steps)
+        )
+        known = self.live.setdefault(tag.leaf, Live([], stepped))
+        known.stepped = min(known.stepped, stepped)
+        if why not in known.ways:
+            known.ways.append(why)
 
     def read(self, jaxpr: Any, known: Sequence[Tag], loops: tuple[int, ...]) -> tuple[Node, list[Tag]]:
         """Walk one jaxpr whose inputs are tagged; returns how to run it, and the tags of its outputs."""

@@ -83,7 +83,7 @@ def _of_layer(layer: Layer, inputs: list[Array], outputs: list[Array], live: dic
         rest = layer.matrix(flat)
         rest = rest.reshape(live[layer.kernel].shape[:2] + rest.shape[1:])
     if layer.of_entries:  # one input that is always one
-        return LayerFactors([Factors(jnp.ones((len(rest), 1, 1, 1), rest.dtype), rest)], None)
+        return LayerFactors([Factors(jnp.ones((len(rest), layer.groups, 1, 1), rest.dtype), rest)], None)
     uses = []
     for index, _ in layer.uses:
         x = inputs[index]

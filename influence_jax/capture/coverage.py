@@ -115,15 +115,15 @@ def coverage(
 
 
 def _described(plan: Plan, layer: Layer) -> tuple[str, str]:
-    ways = {plan.names[leaf]: ", ".join(reasons) for leaf, reasons in plan.live.items()}
+    ways = {plan.names[leaf]: ", ".join(live.ways) for leaf, live in plan.live.items()}
+    many = f"{layer.groups} of " if layer.groups > 1 else ""
     if layer.of_entries:
         way = ways.get(layer.kernel, "has no effect on the output")
         if layer.own_basis[1]:
-            return "diagonal", f"{layer.columns:,} entries; {way}"
-        return "block", f"{layer.columns} x {layer.columns}, exact; {way}"
+            return "diagonal", f"{layer.groups * layer.columns:,} entries; {way}"
+        return "block", f"{many}{layer.columns} x {layer.columns}, exact; {way}"
     uses = [plan.uses[index] for index, _ in layer.uses]
     size = f"{layer.rows} x {layer.columns}" + (" with its bias" if layer.bias else "")
-    many = f"{layer.groups} of " if layer.groups > 1 else ""
     positions = max(use.positions for use in uses)
     kept = [side for side, keeps in zip(("rows", "columns"), layer.own_basis, strict=True) if keeps]
     parts = [

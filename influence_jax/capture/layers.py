@@ -153,9 +153,10 @@ class _Arrangement:
         return in_order, frozenset(self.unfit)
 
     def _of_entries(self, leaf: int) -> Layer:
-        """A leaf as one row: curvature of its entries, exact if they are few enough, else the diagonal."""
+        """A leaf as one row, for each step of a scan: curvature of its entries, exact if they are few, or diagonal."""
         shape = self.plan.shapes[leaf].shape
-        whole = (1, 1, math.prod(shape))
+        stepped = self.plan.live[leaf].stepped if leaf in self.plan.live else 0
+        whole = (*shape[:stepped], 1, math.prod(shape[stepped:]))
         own = (True, not 0 < whole[-1] <= min(MAX_BLOCK, self.max_side))
         return Layer(self.plan.names[leaf], View((Reshape(shape, whole),)), whole, own_basis=own)
 

@@ -145,10 +145,12 @@ def view_steps(equation: Any) -> tuple[Step, ...] | None:
     return rule(equation) if rule is not None else None
 
 
-def _reshape(equation: Any) -> tuple[Step, ...] | None:
-    if equation.params.get("dimensions") is not None:
-        return None
-    return (Reshape(equation.invars[0].aval.shape, equation.outvars[0].aval.shape),)
+def _reshape(equation: Any) -> tuple[Step, ...]:
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    order = equation.params.get("dimensions") if equation.primitive.name == "reshape" else None
+    if order is None:
+        return (Reshape(before, after),)
+    return Transpose(tuple(order)), Reshape(tuple(before[axis] for axis in order), after)
 
 
 def _broadcast(equation: Any) -> tuple[Step, ...]:

@@ -93,7 +93,7 @@ def ekfac(
 ) -> Kronecker:
     r"""Eigenvalue-corrected K-FAC: its eigenvectors, and the right second moment along each.
 
-    $\Lambda_{io} = \frac1N\sum_n \big(Q_A^\top G_n Q_S\big)_{io}^2$ with the gradient $G_n$ of an example as a whole: so
+    $\Lambda_{io} = \frac1N\sum_n \big(Q_A^\top G_n Q_S\big)_{io}^2$ with the gradient $G_n$ of a whole example: so
     the diagonal of the Fisher matrix in the basis is exact, and so is its trace, however many positions share a
     parameter.  Takes a second pass over the data.
 

@@ -1,0 +1,183 @@
+"""Capture: gradients put together from inputs and cotangents are the model's own, whatever it does with parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_like, relative_error, tree_error
+from zoo import CLASSES, LENGTH, VOCABULARY, WIDTH, ZOO, classified, normal, plain, square, squared, texts, token_loss
+
+import influence_jax as ij
+from influence_jax import tree
+from influence_jax.capture import arrange, gradient, layer_factors, products
+from influence_jax.capture.run import capture
+
+
+def first(data):
+    return jax.tree.map(lambda x: x[0], data)
+
+
+def summed(parts):
+    """Leaves by name, added where several layers have a part of one."""
+    whole = {}
+    for part in parts:
+        for name, leaf in part.items():
+            whole[name] = whole[name] + leaf if name in whole else leaf
+    return whole
+
+
+@jax.jit
+def rebuilt(objective, params, data, vectors):
+    """Losses, gradients `(N, *leaf)` and inner products with vectors `(N, Q)`, from captured factors."""
+    plan, layers = arrange(objective, params, first(data))
+    losses = jax.vmap(lambda z: capture(plan, params, z).output)(data)
+    factors = layer_factors(plan, layers, params, data, lambda loss, _: jnp.ones(1, loss.dtype))
+    space = dict(tree.named_leaves(params))
+    grads = summed(la.leaves(gradient(la, f)[:, 0], space) for la, f in zip(layers, factors, strict=True))
+    leaves = dict(tree.named_leaves(vectors))
+    scores = sum(products(la, f, la.matrix(leaves)) for la, f in zip(layers, factors, strict=True))
+    return losses, jax.tree.structure(params).unflatten([grads[name] for name in space]), scores
+
+
+@jax.jit
+def differentiated(objective, params, data):
+    return jax.vmap(jax.value_and_grad(objective), (None, 0))(params, data)
+
+
+def check(case, tolerance):
+    objective, params, data = case
+    vectors = random_like(jax.random.key(1), params, 7)
+    losses, grads, scores = rebuilt(objective, params, data, vectors)
+    expected_losses, expected = differentiated(objective, params, data)
+    assert tree_error(losses, expected_losses) < tolerance
+    assert tree_error(grads, expected) < tolerance
+    assert relative_error(scores, tree.gram(expected, vectors)) < 10 * tolerance
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_gradients_are_rebuilt(name):
+    check(ZOO[name](), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv 2-D groups 2 dilated", "transformer, scan and remat", "recurrent"])
+def test_gradients_are_rebuilt_in_single_precision(float32, name):
+    check(ZOO[name](), 1e-6)
+
+
+def test_bfloat16_parameters(float32):
+    """As everywhere, derivatives are taken in float32 of parameters that are bfloat16."""
+    objective, params, data = ZOO["rotary"]()
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    factors = random_like(jax.random.key(1), params, 5)
+    scores = ij.Influence(objective, narrow, ij.Identity(narrow)).influences_from_factors(factors, data)
+    expected = tree.gram(factors, ij.per_example_grads(objective, tree.promote(narrow), data))
+    assert scores.dtype == jnp.float32
+    assert relative_error(scores, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["odd", "looped", "transformer, scan", "rotary"])
+def test_every_entry_is_in_one_layer(name):
+    """Arranging numbered entries and putting them back changes nothing, so layers tile the parameters."""
+    objective, params, data = ZOO[name]()
+    _, layers = arrange(objective, params, first(data))
+    numbers = dict(tree.named_leaves(ij.unflatten(jnp.arange(1.0, 1 + tree.size(params)), params)))
+    stack = {name: leaf[None] for name, leaf in numbers.items()}
+    assert sum(la.groups * la.rows * la.columns for la in layers) == tree.size(params)
+    back = summed(la.leaves(la.matrix(stack), numbers) for la in layers)
+    assert all(np.array_equal(back[name][0], leaf) for name, leaf in numbers.items())
+
+
+KINDS = {
+    "transformer": {"Embed_0/embedding": "matrix", "positions": "block", "block0/q/bias": "bias"},
+    "transformer, scan": {"ScanBlock_0/q/kernel": "matrix", "ScanBlock_0/Norm_0/scale": "block"},
+    "recurrent": {"LSTMCell_0/hi/kernel": "matrix", "GRUCell_0/hn/bias": "bias"},
+    "nnx": {"heads/kernel": "matrix", "mixed/bias": "bias", "conv/kernel": "matrix"},
+    "rotary": {"per_head": "matrix", "table": "matrix", "out_bias": "bias"},
+    "odd": {
+        "halves": "matrix",
+        "stack": "matrix",
+        "normed": "block",
+        "shared": "matrix",
+        "gate": "block",
+        "unused": "block",
+    },
+    "looped": {
+        "closed": "matrix",
+        "layers/nested": "matrix",
+        "layers/bias": "bias",
+        "carried": "block",
+        "branch": "block",
+    },
+    "customised": {"halved": "block", "softened": "block", "plain": "matrix"},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_coverage(name):
+    objective, params, data = ZOO[name]()
+    covered = ij.coverage(objective, params, first(data))
+    kinds = {leaf.name: leaf.kind for leaf in covered.leaves}
+    assert list(kinds) == [leaf for leaf, _ in tree.named_leaves(params)]
+    assert {leaf: kinds[leaf] for leaf in KINDS[name]} == KINDS[name]
+    assert all(leaf.name in repr(covered) and leaf.details in repr(covered) for leaf in covered.leaves)
+    assert covered.share("matrix", "bias") + covered.share("block", "diagonal") == pytest.approx(1)
+
+
+def test_coverage_says_what_it_is_about():
+    """Large leaves by their diagonal, long sides in their own basis, leaves without effect, and why."""
+    predict = lambda p, z: (z.x @ p["w"]) * p["scale"][None] + 0 * jnp.sum(p["large"] ** 2)
+    params = {"w": normal(WIDTH, CLASSES), "scale": normal(CLASSES), "large": normal(40, 40), "dead": normal(2)}
+    covered = ij.coverage(ij.Objective(predict, squared), params, first(classified(LENGTH, WIDTH)), max_side=6)
+    details = {leaf.name: (leaf.kind, leaf.details) for leaf in covered.leaves}
+    assert details["w"] == ("matrix", "8 x 4; dot; 5 positions; own basis of its rows")
+    assert details["scale"] == ("block", "4 x 4, exact; mul")
+    assert details["large"] == ("diagonal", "1,600 entries; integer_pow")
+    assert details["dead"] == ("block", "2 x 2, exact; has no effect on the output")
+
+
+def test_overlapping_slices_are_taken_as_they_are():
+    """A slice of a parameter that is also used as a whole fits no matrix of its own."""
+    predict = lambda p, z: jnp.tanh(z.x @ p["w"]) @ p["w"][:, :CLASSES]
+    case = plain(predict, {"w": square(1)}, classified(LENGTH, WIDTH), squared)
+    assert [leaf.kind for leaf in ij.coverage(case.objective, case.params, first(case.data)).leaves] == ["block"]
+    check(case, 1e-12)
+
+
+BIASES = {
+    "read twice": lambda p, z: (y := z.x @ p["w"]) * 2 + jnp.tanh(y + p["b"][None]),
+    "one for two products": lambda p, z: (z.x @ p["w"] + p["b"][None]) + (jnp.tanh(z.x) @ p["v"] + p["b"][None]),
+    "on one of two uses": lambda p, z: jnp.tanh(z.x @ p["w"] + p["b"][None]) @ p["w"],
+    "of every position": lambda p, z: z.x @ p["w"] + p["by_position"],
+    "on the left": lambda p, z: p["b"][None] + z.x @ p["w"],
+    "through a transpose": lambda p, z: (z.x @ p["w"]).T + p["b"][:, None],
+    "twice": lambda p, z: z.x @ p["w"] + p["b"][None] + p["c"][None],
+    "times two": lambda p, z: z.x @ p["w"] + 2 * p["b"][None],
+    "of an embedding": lambda p, z: p["table"][z.y + jnp.arange(LENGTH)] + p["b"][None],
+    "a row of a matrix": lambda p, z: jnp.tanh(z.x @ p["w"] + p["v"][0][None]) @ p["v"],
+}
+ROWS = {"on the left": {"b"}, "through a transpose": {"b"}, "twice": {"b"}}
+
+
+@pytest.mark.parametrize("way", BIASES)
+def test_biases(way):
+    """A bias is a row of its matrix only if that is what it is; else it is a block."""
+    params = {"w": square(1), "v": square(2), "b": normal(WIDTH, number=3), "c": normal(WIDTH, number=4)}
+    params |= {"by_position": normal(LENGTH, WIDTH, number=5), "table": normal(VOCABULARY, WIDTH, number=6)}
+    case = plain(BIASES[way], params, classified(LENGTH, WIDTH), squared)
+    covered = ij.coverage(case.objective, case.params, first(case.data))
+    assert {leaf.name for leaf in covered.leaves if leaf.kind == "bias"} == ROWS.get(way, set())
+    check(case, 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", "wrap"])
+def test_lookups_outside_of_the_table(mode):
+    predict = lambda p, z: jnp.nan_to_num(jnp.take(p["table"], z.x + 3, axis=0, mode=mode)) @ p["table"].T
+    check(plain(predict, {"table": normal(VOCABULARY, WIDTH)}, texts(), token_loss), 1e-12)
+
+
+def test_capture_changes_neither_loss_nor_gradients_of_parameters():
+    """Derivatives through a captured run are those of the function itself."""
+    objective, params, data = ZOO["looped"]()
+    plan, _ = arrange(objective, params, first(data))
+    through = jax.jit(jax.value_and_grad(lambda p: capture(plan, p, first(data)).output))
+    assert tree_error(through(params), jax.jit(jax.value_and_grad(objective))(params, first(data))) < 1e-12
