@@ -190,6 +190,51 @@ def test_harmonic_mean(problem):
     assert helpers.relative_error(scores, golden.reference(f"infl_IHM_lam{damping}")) < 1e-9
 
 
+DAMPINGS = {"1e-3": 1e-3, "1e-2": 1e-2, "heuristic": ij.RelativeDamping(0.1)}
+EKFAC = np.load(helpers.GOLDEN / "digits_ekfac.npz")
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("emp", "empirical"), ("true", "exact")])
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-9), (jnp.float32, 1e-3)])
+def test_digits_kronecker(dtype, tolerance, method, kind, labels):
+    """Independent float64 references, and with the data's labels kronfluence; one fit for all dampings."""
+    golden = digits(dtype)
+    op = getattr(ij, method)(golden.objective, golden.params, golden.train, labels=labels)
+    inverse = ij.invert(op, ij.Direct(0.0))
+    for name, damping in DAMPINGS.items():
+        influence = ij.Influence(golden.objective, golden.params, inverse.with_damping(damping))
+        scores = influence.influences(golden.query, golden.columns)
+        assert scores.dtype == dtype
+        assert helpers.relative_error(scores, EKFAC[f"ekfac_ref/infl_{method}_{kind}_damp{name}"]) < tolerance
+        if kind == "emp":
+            assert helpers.relative_error(scores, EKFAC[f"kronfluence/scores_{method}_damp{name}"]) < tolerance
+
+
+def test_digits_kronecker_eigenvalues():
+    """The corrected eigenvalues themselves, which do not depend on the signs of eigenvectors."""
+    golden = digits()
+    op = ij.ekfac(golden.objective, golden.params, golden.train)
+    for layer, name in zip(op.layers, ("fc1", "fc2"), strict=True):
+        expected = EKFAC[f"ekfac_ref/true/{name}/lambda_ekfac"].T
+        assert helpers.relative_error(layer.values[0], expected) < 1e-9
+        for q, moment in ((layer.q_in[0], "A"), (layer.q_out[0], "G")):
+            rotated = q.T @ EKFAC[f"ekfac_ref/true/{name}/{moment}"] @ q
+            assert helpers.relative_error(rotated, np.diag(np.diag(rotated))) < 1e-9
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_digits_diagonal_and_identity(damping):
+    """kronfluence's other strategies, as operators of ours."""
+    golden = digits()
+    fisher = ij.EmpiricalFisher(golden.objective, golden.params, golden.train)
+    solver = ij.Blockwise(ij.Direct(DAMPINGS[damping]), blocks=ij.by_layer)
+    inverse = ij.invert(ij.Diagonal(ij.diagonal(fisher)), solver)
+    for operator, name in ((inverse, f"diagonal_damp{damping}"), (ij.Identity(golden.params), "identity_damp1e-3")):
+        scores = ij.Influence(golden.objective, golden.params, operator).influences(golden.query, golden.columns)
+        assert helpers.relative_error(scores, EKFAC[f"kronfluence/scores_{name}"]) < 1e-9
+
+
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_tiny_mlp_against_pydvl(loss):
     """pyDVL's DirectInfluence on an indefinite Hessian: factors, up, perturbation and the symmetric case."""

@@ -40,10 +40,10 @@ def slice_of(batch, *bounds):
 UP = flat_grads(QUERY) @ DENSE @ flat_grads(TRAIN).T
 
 
-@pytest.fixture(params=["directional", "gradients"])
+@pytest.fixture(params=["directional", "captured"])
 def path(request, monkeypatch):
-    """Both ways to the scores: forward-mode passes, and per-example gradients with one matrix product."""
-    monkeypatch.setattr(scoring, "_directional", lambda *_: request.param == "directional")
+    """Both ways to the scores: forward-mode passes, and captured inputs and cotangents."""
+    monkeypatch.setattr(scoring, "DIRECTIONAL", 100 if request.param == "directional" else 0)
     return ij.Objective(lambda p, z: helpers.mlp(p, z), helpers.cross_entropy)  # a new one, so that it is traced anew
 
 

@@ -191,7 +191,7 @@ def moments(
     sums: dict[bool, tuple[Array, Array, Array]] = {}
     for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
         own_in, own_out = layer.own_basis[::-1] if exchanged else layer.own_basis
-        positions = counted(use.positions) * weights[:, None]
+        positions = counted(use.positions).astype(weights.dtype) * weights[:, None]
         if use.looked_up:
             inputs = _frequencies(use, positions, layer.columns if exchanged else layer.rows)
         else:

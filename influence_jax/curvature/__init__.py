@@ -1,13 +1,13 @@
 """Curvature as linear operators on parameter-shaped trees."""
 
 from . import assembled as assembled, per_example as per_example
+from .blocked import diagonal_blocks as diagonal_blocks, shifted as shifted
 from .capabilities import (
     Restricted as Restricted,
     Root as Root,
     Spectral as Spectral,
     Unsupported as Unsupported,
     diagonal as diagonal,
-    diagonal_blocks as diagonal_blocks,
     minibatch as minibatch,
     restrict as restrict,
     root as root,

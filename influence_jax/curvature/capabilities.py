@@ -6,7 +6,6 @@ Each is a `functools.singledispatch` function with a fallback; register yours fo
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -58,7 +57,8 @@ class Unsupported(TypeError):
     """An operator was asked for something it does not have."""
 
 
-def _unsupported(function: Any, op: Any, asked_by: str) -> Unsupported:
+def unsupported(function: Any, op: Any, asked_by: str) -> Unsupported:
+    """The error that says which operators have what was asked for."""
     if not isinstance(op, LinearOperator):
         return Unsupported(f"op: got a {type(op).__name__}, expected a LinearOperator")
     known = sorted(cls.__name__ for cls in function.registry if cls is not object)
@@ -89,7 +89,7 @@ def minibatch(op: LinearOperator, indices: Array) -> LinearOperator:
       >>> ij.minibatch(ij.Identity({"w": jnp.ones(2)}), jnp.array([0])).size
       2
     """
-    raise _unsupported(minibatch, op, "LiSSA")
+    raise unsupported(minibatch, op, "LiSSA")
 
 
 @singledispatch
@@ -109,7 +109,7 @@ def root(op: LinearOperator) -> Root:
       ...
       influence_jax.curvature.capabilities.Unsupported: op: Identity has no root, ...
     """
-    raise _unsupported(root, op, "the sample-space or harmonic-mean solver")
+    raise unsupported(root, op, "the sample-space or harmonic-mean solver")
 
 
 @singledispatch
@@ -124,7 +124,7 @@ def spectral(op: LinearOperator) -> Spectral:
       >>> ij.spectral(ij.Identity({"w": jnp.ones(2)})).values["w"].tolist()
       1.0
     """
-    raise _unsupported(spectral, op, "a closed-form solve")
+    raise unsupported(spectral, op, "a closed-form solve")
 
 
 @singledispatch
@@ -143,7 +143,7 @@ def sums(op: LinearOperator, V: PyTree) -> tuple[PyTree, Array]:
     Raises:
       TypeError: If the operator is not a mean over examples.
     """
-    raise _unsupported(sums, op, "accumulation over batches")
+    raise unsupported(sums, op, "accumulation over batches")
 
 
 @singledispatch
@@ -169,20 +169,8 @@ def restrict(op: LinearOperator, block: Sequence[str]) -> LinearOperator:
       2
     """
     if not isinstance(op, LinearOperator):
-        raise _unsupported(restrict, op, "a block-wise solve")
+        raise unsupported(restrict, op, "a block-wise solve")
     return Restricted(op, blocks.as_block(block, op.space))
-
-
-@singledispatch
-def diagonal_blocks(op: LinearOperator) -> OrderedDict[str, blocks.Block]:
-    """The blocks outside of which an operator is known to be zero: names, and leaves in each; one block `""` of all.
-
-    Example:
-      >>> import influence_jax as ij
-      >>> dict(ij.diagonal_blocks(ij.Identity({"a": jnp.ones(2), "b": jnp.ones(3)})))
-      {'': ('a', 'b')}
-    """
-    return OrderedDict({"": tuple(name for name, _ in tree.named_leaves(_checked(op).space))})
 
 
 @singledispatch
@@ -196,7 +184,7 @@ def to_dense(op: LinearOperator) -> Array:
       >>> ij.to_dense(ij.Identity({"w": jnp.ones(2)})).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    return symmetric(dense_by_products(_checked(op)))
+    return symmetric(dense_by_products(checked(op)))
 
 
 @singledispatch
@@ -208,7 +196,7 @@ def diagonal(op: LinearOperator) -> PyTree:
       >>> ij.diagonal(3.0 * ij.Identity({"w": jnp.ones(2)}))["w"].tolist()
       [3.0, 3.0]
     """
-    return tree.unflatten(diagonal_by_products(_checked(op)), op.space)
+    return tree.unflatten(diagonal_by_products(checked(op)), op.space)
 
 
 @singledispatch
@@ -233,7 +221,7 @@ def trace(op: LinearOperator, *, key: Key | None = None) -> Array:
       >>> float(ij.trace(3.0 * ij.Identity({"w": jnp.ones(2)})))
       6.0
     """
-    return trace_by_products(_checked(op), key)
+    return trace_by_products(checked(op), key)
 
 
 def trace_by_products(op: LinearOperator, key: Key | None) -> Array:
@@ -248,7 +236,8 @@ def trace_by_products(op: LinearOperator, key: Key | None) -> Array:
     return _hutchinson_trace(op, key)
 
 
-def _checked(op: Any) -> LinearOperator:
+def checked(op: Any) -> LinearOperator:
+    """The operator, if it is one."""
     if not isinstance(op, LinearOperator):
         raise Unsupported(f"op: got a {type(op).__name__}, expected a LinearOperator")
     return op
@@ -353,11 +342,6 @@ def _(op: Scaled) -> Spectral:
 def _(op: Scaled, V: PyTree) -> tuple[PyTree, Array]:
     total, weight = sums(op.op, V)
     return tree.scale(op.factor, total), weight
-
-
-@diagonal_blocks.register
-def _(op: Scaled) -> OrderedDict[str, blocks.Block]:
-    return diagonal_blocks(op.op)
 
 
 @restrict.register

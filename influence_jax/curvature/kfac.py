@@ -249,8 +249,8 @@ def _counted(mask: Mask | None, examples: PyTree, positions: int) -> Array:
     if mask is not None:
         counts = jax.vmap(partial(_positions, mask))(examples)
         if counts.shape[1] == positions:
-            return counts.astype(jnp.float32)
-    return jnp.ones((count, positions), jnp.float32)
+            return counts
+    return jnp.ones((count, positions), bool)
 
 
 def _eigenbasis(layer: Layer, sums: dict[bool, tuple[Array, Array, Array]]) -> KroneckerLayer:

@@ -2,8 +2,9 @@ r"""Kronecker-factored curvature as an operator: rotations of both sides of ever
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,11 @@ from .. import blocks, tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..capture import Layer, components, rotate
+from .blocked import diagonal_blocks, shifted
 from .capabilities import (
     Restricted,
     Spectral,
     diagonal,
-    diagonal_blocks,
     minibatch,
     restrict,
     spectral,
@@ -77,10 +78,7 @@ class Kronecker(LinearOperator):
 
     def mm(self, V: PyTree) -> PyTree:
         tree.check_stack(V, self.space, "V")
-        coordinates = [
-            x * layer.values.astype(x.dtype) for x, layer in zip(_to_basis(self, V), self.layers, strict=True)
-        ]
-        return tree.cast_like(_from_basis(self, coordinates), V)
+        return _product(self, V)
 
     @property
     def space(self) -> PyTree:
@@ -90,6 +88,14 @@ class Kronecker(LinearOperator):
     def psd(self) -> bool:
         return True
 
+    def __mul__(self, factor: float | Array) -> LinearOperator:
+        if not isinstance(factor, int | float) or factor < 0:
+            return LinearOperator.__mul__(self, factor)  # of unknown sign: no longer known to be positive
+        layers = (dataclasses.replace(layer, values=factor * layer.values) for layer in self.layers)
+        return Kronecker(self.params, tuple(layers))
+
+    __rmul__ = __mul__
+
     @property
     def blocks(self) -> OrderedDict[str, blocks.Block]:
         """Names of the diagonal blocks, and of the leaves in each."""
@@ -97,6 +103,13 @@ class Kronecker(LinearOperator):
 
     def __repr__(self) -> str:
         return f"Kronecker({self.size:,} parameters in {len(self.blocks)} blocks)"
+
+
+@jax.jit
+def _product(op: Kronecker, V: PyTree) -> PyTree:
+    pairs = zip(_to_basis(op, V), op.layers, strict=True)
+    scaled = [x * layer.values.astype(x.dtype)[None] for x, layer in pairs]
+    return tree.cast_like(_from_basis(op, scaled), V)
 
 
 def _to_basis(op: Kronecker, V: PyTree) -> tuple[Array, ...]:
@@ -126,6 +139,17 @@ def _(op: Kronecker) -> Spectral:
 @diagonal_blocks.register
 def _(op: Kronecker) -> OrderedDict[str, blocks.Block]:
     return op.blocks
+
+
+@shifted.register
+def _(op: Kronecker, dampings: Mapping[str, Array]) -> LinearOperator:
+    of_leaf = {name: dampings[block] for block, names in op.blocks.items() for name in names}
+
+    def layer_shifted(layer: KroneckerLayer) -> KroneckerLayer:
+        damping = of_leaf[layer.layer.kernel].astype(layer.values.dtype)
+        return dataclasses.replace(layer, values=layer.values + damping)
+
+    return Kronecker(op.params, tuple(layer_shifted(layer) for layer in op.layers))
 
 
 @restrict.register

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .. import tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
-from ..blocks import Block, as_blocks, by_layer, join, partition, select
+from ..blocks import as_blocks, by_layer, join, partition, select
 from ..curvature import LinearOperator, restrict
 from .base import Inverse, Solver, check_solver
 from .info import Info
@@ -79,14 +79,31 @@ class Blockwise(Solver):
         for name, block in groups.items():
             if not any(leaf.size for leaf in select(op.space, block).values()):
                 raise ValueError(f"blocks: block '{name}' has no entries {block}; put its leaves into another block")
-        solvers = self.solver if isinstance(self.solver, Mapping) else dict.fromkeys(groups, self.solver)
-        return init_blocks(op, groups, solvers, key)
+        keys = [None] * len(groups) if key is None else list(jax.random.split(key, len(groups)))
+        inverses = OrderedDict()
+        for (name, block), block_key in zip(groups.items(), keys, strict=True):
+            solver = self.solver[name] if isinstance(self.solver, Mapping) else self.solver
+            restricted = restrict(op, block)
+            inverses[name] = Inverse(restricted, solver, solver.init(restricted, key=block_key))
+        return inverses
 
     def apply_many(self, state: State, V: PyTree) -> tuple[PyTree, Info]:
-        return solve_blocks(state, V)
+        rhs = {name: select(V, tuple(part.space)) for name, part in state.items()}
+        solved = {name: part.solve_many(rhs[name]) for name, part in state.items()}
+        infos = [info for _, info in solved.values()]
+        lengths = [(tree.norms(rhs[name]), tree.norms(x)) for name, (x, _) in solved.items()]
+        info = _merge(infos, *zip(*lengths, strict=True))
+        worst = _worst(infos, [part.solver.approximate for part in state.values()])
+        return join({name: x for name, (x, _) in solved.items()}, V), info._replace(block=worst)
 
     def with_damping(self, state: State, damping: Any, *, key: Key | None = None) -> tuple[Blockwise, State]:
-        moved = redamp_blocks(state, damping, key)
+        keys = [None] * len(state) if key is None else list(jax.random.split(key, len(state)))
+        moved: State = OrderedDict()
+        for (name, part), block_key in zip(state.items(), keys, strict=True):
+            try:
+                moved[name] = part.with_damping(damping, key=block_key)
+            except ValueError as error:
+                raise ValueError(f"{error} (block '{name}')") from None
         return Blockwise({name: part.solver for name, part in moved.items()}, self.blocks), moved
 
     def by_block(self, inverse: Inverse) -> State:
@@ -95,43 +112,6 @@ class Blockwise(Solver):
     def __repr__(self) -> str:
         solvers = dict(self.solver) if isinstance(self.solver, Mapping) else self.solver
         return f"Blockwise({solvers!r}, blocks={getattr(self.blocks, '__name__', self.blocks)})"
-
-
-def init_blocks(
-    op: LinearOperator, groups: Mapping[str, Block], solvers: Mapping[str, Solver], key: Key | None
-) -> State:
-    """The inverse of each diagonal block by its own solver."""
-    inverses: State = OrderedDict()
-    for (name, block), block_key in zip(groups.items(), _keys(key, len(groups)), strict=True):
-        restricted = restrict(op, block)
-        inverses[name] = Inverse(restricted, solvers[name], solvers[name].init(restricted, key=block_key))
-    return inverses
-
-
-def solve_blocks(state: State, V: PyTree) -> tuple[PyTree, Info]:
-    """Solve block by block."""
-    rhs = {name: select(V, tuple(part.space)) for name, part in state.items()}
-    solved = {name: part.solve_many(rhs[name]) for name, part in state.items()}
-    infos = [info for _, info in solved.values()]
-    lengths = [(tree.norms(rhs[name]), tree.norms(x)) for name, (x, _) in solved.items()]
-    info = _merge(infos, *zip(*lengths, strict=True))
-    worst = _worst(infos, [part.solver.approximate for part in state.values()])
-    return join({name: x for name, (x, _) in solved.items()}, V), info._replace(block=worst)
-
-
-def redamp_blocks(state: State, damping: Any, key: Key | None) -> State:
-    """The same inverses at another damping."""
-    moved: State = OrderedDict()
-    for (name, part), block_key in zip(state.items(), _keys(key, len(state)), strict=True):
-        try:
-            moved[name] = part.with_damping(damping, key=block_key)
-        except ValueError as error:
-            raise ValueError(f"{error} (block '{name}')") from None
-    return moved
-
-
-def _keys(key: Key | None, count: int) -> list[Key | None]:
-    return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 def _merge(infos: Sequence[Info], rhs: Sequence[Array], solutions: Sequence[Array]) -> Info:

@@ -122,11 +122,14 @@ def check_resolved(solver: Any, state: PyTree, op: LinearOperator) -> None:
 
 def _dampings(state: PyTree) -> Iterator[tuple[str, Array]]:
     """The dampings in a state, those of preconditioners included, and the blocks they are for."""
-    is_damped = lambda x: hasattr(x, "op") and hasattr(x, "damping")
+    is_damped = lambda x: hasattr(x, "op") and (hasattr(x, "damping") or hasattr(x, "dampings"))
     for path, part in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_damped):
         if not is_damped(part):
             continue
         keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         where = f" of block '{'/'.join(keys)}'" if keys else ""
+        if hasattr(part, "dampings"):
+            yield from ((f" of block '{name}'", damping) for name, damping in part.dampings.items())
+            continue
         yield where, part.damping
         yield from _dampings([getattr(part, name) for name in part._fields if name not in ("op", "damping")])

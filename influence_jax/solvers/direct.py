@@ -2,6 +2,7 @@ r"""Exact solves: closed forms, Cholesky, eigendecomposition."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -13,9 +14,8 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
-from ..curvature import LinearOperator, LowRank, Unsupported, diagonal_blocks, spectral, to_dense
+from ..curvature import LinearOperator, LowRank, Unsupported, diagonal_blocks, restrict, shifted, spectral, to_dense
 from .base import Inverse, Solver, implicit_solve
-from .blockwise import State as BlocksState, init_blocks, redamp_blocks, solve_blocks
 from .damping import RelativeDamping, check_damping, redamp, resolve_damping
 from .info import Info
 
@@ -43,6 +43,13 @@ class SpectralState(NamedTuple):
     rounding: Array  # (), error of the eigenvalues relative to the largest; 0 for closed forms
 
 
+class BlocksState(NamedTuple):
+    """An operator of blocks with closed-form eigendecompositions, each at a damping of its own."""
+
+    op: LinearOperator
+    dampings: OrderedDict[str, Array]  # ()
+
+
 @dataclass
 class Direct(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$.
@@ -67,8 +74,8 @@ class Direct(Solver):
         check_damping(self.damping)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> CholeskyState | SpectralState | BlocksState:
-        if len(groups := diagonal_blocks(op)) > 1:
-            return init_blocks(op, groups, dict.fromkeys(groups, self), key)
+        if is_blocked(op):
+            return BlocksState(op, _dampings(self.damping, op, key))
         damping = resolve_damping(self.damping, op, key)
         if has_spectral(op) or not op.psd:
             return spectral_state(op, damping)
@@ -78,8 +85,8 @@ class Direct(Solver):
         return CholeskyState(op, damping, factor, _largest_eigenvalue(factor))
 
     def apply_many(self, state: CholeskyState | SpectralState | BlocksState, V: PyTree) -> tuple[PyTree, Info]:
-        if isinstance(state, OrderedDict):
-            return solve_blocks(state, V)
+        if isinstance(state, BlocksState):
+            return _solve_blocks(state, V)
         fixed = lax.stop_gradient(state)
 
         def solve(B: PyTree) -> tuple[PyTree, Info]:
@@ -90,17 +97,15 @@ class Direct(Solver):
     def with_damping(
         self, state: CholeskyState | SpectralState | BlocksState, damping: Any, *, key: Key | None = None
     ) -> tuple[Direct, SpectralState | BlocksState]:
-        if isinstance(state, OrderedDict):
-            return Direct(damping), redamp_blocks(state, damping, key)
         if isinstance(state, CholeskyState):
             raise ValueError(
                 "damping: Direct has factorised this operator at its damping and cannot change it; use "
                 "influence_jax.Eigh(damping), one eigendecomposition that serves every damping"
             )
-        return redamp(self, state, damping, key)
+        return _redamp(self, state, damping, key)
 
-    def by_block(self, inverse: Inverse) -> BlocksState:
-        return blocks_of(inverse)
+    def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
+        return _inverses(inverse)
 
     def __repr__(self) -> str:
         return f"Direct(damping={self.damping})"
@@ -129,32 +134,61 @@ class Eigh(Solver):
         check_damping(self.damping)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> SpectralState | BlocksState:
-        if len(groups := diagonal_blocks(op)) > 1:
-            return init_blocks(op, groups, dict.fromkeys(groups, self), key)
+        if is_blocked(op):
+            return BlocksState(op, _dampings(self.damping, op, key))
         return spectral_state(op, resolve_damping(self.damping, op, key))
 
     def apply_many(self, state: SpectralState | BlocksState, V: PyTree) -> tuple[PyTree, Info]:
-        if isinstance(state, OrderedDict):
-            return solve_blocks(state, V)
+        if isinstance(state, BlocksState):
+            return _solve_blocks(state, V)
         return implicit_solve(state.op, state.damping, V, lambda B: spectral_solve(lax.stop_gradient(state), B))
 
     def with_damping(
         self, state: SpectralState | BlocksState, damping: Any, *, key: Key | None = None
     ) -> tuple[Eigh, SpectralState | BlocksState]:
-        if isinstance(state, OrderedDict):
-            return Eigh(damping), redamp_blocks(state, damping, key)
-        return redamp(self, state, damping, key)
+        return _redamp(self, state, damping, key)
 
-    def by_block(self, inverse: Inverse) -> BlocksState:
-        return blocks_of(inverse)
+    def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
+        return _inverses(inverse)
 
     def __repr__(self) -> str:
         return f"Eigh(damping={self.damping})"
 
 
-def blocks_of(inverse: Inverse) -> BlocksState:
-    """The inverses of the blocks of an operator that is known to be block-diagonal; else one block `""`."""
-    return inverse.state if isinstance(inverse.state, OrderedDict) else OrderedDict({"": inverse})
+def is_blocked(op: LinearOperator) -> bool:
+    """Whether the operator is made of several blocks with closed-form eigendecompositions."""
+    return len(diagonal_blocks(op)) > 1 and has_spectral(op)
+
+
+def _dampings(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> OrderedDict[str, Array]:
+    """The absolute damping of each block."""
+    groups = diagonal_blocks(op)
+    return OrderedDict((name, resolve_damping(damping, restrict(op, block), key)) for name, block in groups.items())
+
+
+def _redamp(solver: Any, state: SpectralState | BlocksState, damping: Any, key: Key | None) -> tuple[Any, Any]:
+    if isinstance(state, BlocksState):
+        return dataclasses.replace(solver, damping=damping), BlocksState(state.op, _dampings(damping, state.op, key))
+    return redamp(solver, state, damping, key)
+
+
+def _inverses(inverse: Inverse) -> OrderedDict[str, Inverse]:
+    """The inverse of each block, or of the operator as a whole if it has none."""
+    if not isinstance(inverse.state, BlocksState):
+        return OrderedDict({"": inverse})
+    found = OrderedDict()
+    for name, block in diagonal_blocks(inverse.op).items():
+        part, damping = restrict(inverse.op, block), inverse.state.dampings[name]
+        found[name] = Inverse(part, inverse.solver, SpectralState(part, damping, part, jnp.zeros_like(damping)))
+    return found
+
+
+def _solve_blocks(state: BlocksState, V: PyTree) -> tuple[PyTree, Info]:
+    """All blocks at once: the damping of each is part of an operator that is then solved without any."""
+    none = jnp.zeros_like(next(iter(state.dampings.values())))
+    damped = shifted(state.op, state.dampings)
+    fixed = lax.stop_gradient(damped)
+    return implicit_solve(damped, none, V, lambda B: spectral_solve(SpectralState(fixed, none, fixed, none), B))
 
 
 def has_spectral(op: LinearOperator) -> bool:

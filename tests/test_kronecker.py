@@ -1,0 +1,384 @@
+"""K-FAC and EK-FAC: moments and eigenvalues by hand, laws of the operator, invariances, mistakes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    CLASSIFICATION,
+    affine,
+    cross_entropy,
+    half_squared_loss,
+    linear,
+    random_batch,
+    random_like,
+    random_mlp,
+    relative_error,
+    tree_error,
+)
+from zoo import CLASSES, LENGTH, VOCABULARY, WIDTH, ZOO, classified, normal, plain, square, squared, texts, token_loss
+
+import influence_jax as ij
+from influence_jax import tree
+from influence_jax.curvature.per_example import dense_by_rows
+
+KEY = jax.random.key(3)
+
+
+def matrix_of(op, name):
+    """The dense block of one leaf, in the order of its entries."""
+    return np.asarray(ij.to_dense(ij.restrict(op, (name,))))
+
+
+def empirical_gradients(case):
+    return ij.per_example_grads(case.objective, case.params, case.data)
+
+
+def moment(rows, weights=None):
+    """Weighted mean of outer products of rows `(..., n)`."""
+    rows = np.asarray(rows)
+    weights = np.ones(rows.shape[:-1]) if weights is None else np.broadcast_to(weights, rows.shape[:-1])
+    return np.einsum("x,xi,xj->ij", weights.ravel(), *2 * [rows.reshape(-1, rows.shape[-1])]) / weights.sum()
+
+
+PARAMS = {"kernel": normal(WIDTH, CLASSES, number=1), "bias": normal(CLASSES, number=2)}
+
+
+class TestMoments:
+    """Dense K-FAC matrices of one layer against Kronecker products written down by hand."""
+
+    SEQUENCES = ij.Batch(normal(6, LENGTH, WIDTH, number=3), normal(6, LENGTH, CLASSES, number=4))
+    WEIGHTS = np.array([0.0, 1.0, 2.0, 0.5, 1.5, 3.0])
+
+    @staticmethod
+    def per_position(params, example):
+        return example.x @ params["kernel"] + params["bias"][None]
+
+    def cotangents(self):
+        """Gradients of half the squared error in the outputs."""
+        return np.asarray(jax.vmap(self.per_position, (None, 0))(PARAMS, self.SEQUENCES) - self.SEQUENCES.y)
+
+    def expected(self, inputs, cotangents, weights=None):
+        """The matrix of leaves in order: bias, then kernel."""
+        ones = np.concatenate([np.ones((*inputs.shape[:-1], 1)), inputs], axis=-1)
+        return np.kron(moment(ones, weights), moment(cotangents, weights))
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_averages_over_positions_of_all_examples(self, weighted):
+        weights = self.WEIGHTS if weighted else None
+        objective = ij.Objective(self.per_position, half_squared_loss)
+        op = ij.kfac(objective, PARAMS, self.SEQUENCES, labels="empirical", weights=weights, chunk=4)
+        each = None if weights is None else weights[:, None]
+        expected = self.expected(np.asarray(self.SEQUENCES.x), self.cotangents(), each)
+        assert relative_error(ij.to_dense(op), expected) < 1e-12
+
+    @pytest.mark.parametrize("method", [ij.kfac, ij.ekfac])
+    def test_padding_counts_neither_as_input_nor_as_output(self, method):
+        """Masked positions are as if the sequences were shorter, the bias's constant input included."""
+        lengths = np.array([5, 3, 1, 5, 2, 4])
+        valid = np.arange(LENGTH)[None] < lengths[:, None]
+        batch = ij.Batch({"x": self.SEQUENCES.x, "valid": jnp.asarray(valid)}, self.SEQUENCES.y)
+        predict = lambda p, z: z.x["x"] @ p["kernel"] + p["bias"][None]
+        objective = ij.Objective(
+            predict, lambda out, z: 0.5 * jnp.sum(jnp.where(z.x["valid"][:, None], out - z.y, 0) ** 2)
+        )
+        op = method(objective, PARAMS, batch, labels="empirical", mask=lambda z: z.x["valid"])
+        inputs, cotangents = np.asarray(self.SEQUENCES.x), self.cotangents() * valid[:, :, None]
+        if method is ij.kfac:
+            assert relative_error(ij.to_dense(op), self.expected(inputs, cotangents, 1.0 * valid)) < 1e-12
+        garbage = jnp.where(valid[:, :, None], self.SEQUENCES.x, 1e3)
+        other = dataclasses.replace(batch, x={**batch.x, "x": garbage})
+        again = method(objective, PARAMS, other, labels="empirical", mask=lambda z: z.x["valid"])
+        assert relative_error(ij.to_dense(again), ij.to_dense(op)) < 1e-12
+
+    def test_eigenvalues_are_those_of_whole_examples(self):
+        """Positions of one example share a parameter, so their gradients add up before they are squared."""
+        case = plain(self.per_position, PARAMS, self.SEQUENCES, half_squared_loss)
+        op = ij.ekfac(case.objective, case.params, case.data, labels="empirical")
+        (layer,) = op.layers
+        inputs = np.concatenate([self.SEQUENCES.x, np.ones((6, LENGTH, 1))], axis=-1)
+        grads = np.einsum("nti,nto->nio", inputs, self.cotangents())
+        rotated = np.einsum("ia,nio,ob->nab", layer.q_in[0], grads, layer.q_out[0])
+        assert relative_error(layer.values[0], np.mean(rotated**2, axis=0)) < 1e-12
+
+    def test_grouped_convolution(self):
+        """Each group has its own moments, of its own channels only."""
+        kernel = normal(3, 2, 4, number=5)  # window 3, two channels a group, two groups of two outputs
+
+        def predict(params, example):
+            out = jax.lax.conv_general_dilated(
+                example.x[None],
+                params["kernel"],
+                (1,),
+                "VALID",
+                feature_group_count=2,
+                dimension_numbers=("NWC", "WIO", "NWC"),
+            )
+            return out[0]
+
+        data = ij.Batch(normal(5, 7, 4, number=6), normal(5, 5, 4, number=7))
+        op = ij.kfac(ij.Objective(predict, half_squared_loss), {"kernel": kernel}, data, labels="empirical")
+        cotangents = np.asarray(jax.vmap(predict, (None, 0))({"kernel": kernel}, data) - data.y)
+        windows = np.stack([np.asarray(data.x)[:, start : start + 5] for start in range(3)], axis=-2)  # (5, 5, 3, 4)
+        expected = np.zeros((3, 2, 4, 3, 2, 4))
+        for group in range(2):
+            of_group = slice(2 * group, 2 * group + 2)
+            inputs = windows[..., of_group].reshape(5, 5, 6)  # window, then channel, as the kernel has them
+            block = np.kron(moment(inputs), moment(cotangents[..., of_group])).reshape(3, 2, 2, 3, 2, 2)
+            expected[:, :, of_group, :, :, of_group] = block
+        assert relative_error(ij.to_dense(op), expected.reshape(24, 24)) < 1e-12
+
+    def test_embedding(self):
+        """The second moment of one-hot inputs is diagonal, and so is kept; tokens out of range count nowhere."""
+        params, data = {"table": normal(VOCABULARY, WIDTH)}, texts()
+        objective = ij.Objective(lambda p, z: p["table"][z.x], lambda out, z: 0.5 * jnp.sum(out**2))
+        op = ij.kfac(objective, params, data, labels="empirical")
+        frequency = np.bincount(np.asarray(data.x).ravel(), minlength=VOCABULARY) / data.x.size
+        expected = np.kron(np.diag(frequency), moment(np.asarray(params["table"])[np.asarray(data.x)]))
+        assert op.layers[0].q_in is None
+        assert relative_error(ij.to_dense(op), expected) < 1e-12
+
+    def test_a_parameter_used_both_ways(self):
+        """An autoencoder tied to its own transpose: the nearest product of both uses' keeps the trace of their sum."""
+        params, data = {"w": normal(WIDTH, CLASSES)}, classified(WIDTH)
+        encode = lambda p, z: jnp.tanh(z.x @ p["w"])
+        objective = ij.Objective(lambda p, z: encode(p, z) @ p["w"].T, lambda out, z: 0.5 * jnp.sum((out - z.x) ** 2))
+        op = ij.kfac(objective, params, data, labels="empirical")
+        hidden = np.asarray(jax.vmap(encode, (None, 0))(params, data))
+        w, x = np.asarray(params["w"]), np.asarray(data.x)
+        outer = hidden @ w.T - x  # cotangents of the outputs, and of the encoder's outputs before tanh
+        inner = (outer @ w) * (1 - hidden**2)
+        uses = [(moment(x), moment(inner)), (moment(outer), moment(hidden))]
+        total = sum(np.trace(rows) * np.trace(columns) for rows, columns in uses)
+        rows = sum(rows * np.trace(columns) for rows, columns in uses)
+        columns = sum(columns * np.trace(rows) for rows, columns in uses)
+        assert relative_error(ij.to_dense(op), np.kron(rows, columns) / total) < 1e-12
+        assert float(ij.trace(op)) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", [ij.kfac, ij.ekfac])
+def test_softmax_layer_at_zero_weights_is_exact(method, bias):
+    """All predictions are uniform, so the Fisher matrix IS a Kronecker product, and its inverse is exact."""
+    objective = ij.Objective(affine if bias else linear, cross_entropy)
+    params = {"kernel": jnp.zeros((WIDTH, CLASSES))} | ({"bias": jnp.zeros(CLASSES)} if bias else {})
+    train = random_batch(KEY, 40, WIDTH, CLASSES, classes=True)
+    query = jax.tree.map(lambda x: x[:7], train)
+    exact = ij.invert(ij.GGN(objective, params, train), ij.Direct(1e-2))
+    ours = ij.invert(method(objective, params, train), ij.Direct(1e-2))
+    scores, expected = (ij.Influence(objective, params, p).influences(query, train) for p in (ours, exact))
+    assert relative_error(scores, expected) < 1e-10
+
+
+LAWS = ["mlp", "conv 2-D groups 4 stride 2", "transformer, scan", "recurrent", "rotary", "odd", "looped"]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_corrected_eigenvalues_are_the_second_moments_in_the_basis(name):
+    """For every kind of layer: coordinates are orthonormal, and eigenvalues the mean squares of the gradients'."""
+    case = ZOO[name]()
+    op = ij.ekfac(case.objective, case.params, case.data, labels="empirical", chunk=2)
+    grads = empirical_gradients(case)
+    spectral = ij.spectral(op)
+    coordinates = spectral.to_basis(grads)
+    assert tree_error(spectral.from_basis(coordinates), grads) < 1e-12
+    lengths = sum(np.sum(np.asarray(x) ** 2, axis=(1, 2, 3)) for x in coordinates)
+    assert relative_error(lengths, tree.dots(grads, grads)) < 1e-12
+    second = [jnp.mean(x**2, axis=0) for x in coordinates]
+    assert tree_error(tuple(second), spectral.values) < 1e-11
+    assert float(ij.trace(op)) == pytest.approx(float(jnp.mean(tree.dots(grads, grads))), rel=1e-11)
+
+
+@pytest.mark.parametrize("name", ["no bias", "odd", "rotary"])
+def test_operator_laws(name):
+    """Against its own dense matrix: products, diagonal, trace, blocks, inverse at any damping."""
+    case = ZOO[name]()
+    op = ij.ekfac(case.objective, case.params, case.data, labels="empirical")
+    dense = np.asarray(ij.to_dense(op))
+    assert relative_error(dense, dense.T) < 1e-12
+    assert np.linalg.eigvalsh(dense).min() > -1e-12
+    V = random_like(KEY, case.params, 3)
+    rows = np.asarray(ij.flatten(V, case.params))
+    assert relative_error(ij.flatten(op.mm(V), case.params), rows @ dense) < 1e-12
+    assert relative_error(ij.flatten(ij.diagonal(op), case.params), np.diag(dense)) < 1e-12
+    assert float(ij.trace(op)) == pytest.approx(np.trace(dense), rel=1e-12)
+    size = np.arange(op.size)
+    places = dict(tree.named_leaves(ij.unflatten(size, case.params)))
+    names = sorted(name for block in op.blocks.values() for name in block)
+    assert names == sorted(places)
+    outside = dense.copy()
+    for block in op.blocks.values():
+        own = np.sort(np.concatenate([np.ravel(places[name]) for name in block]))
+        in_order = np.concatenate([np.ravel(places[name]) for name in places if name in block])
+        assert relative_error(ij.to_dense(ij.restrict(op, block)), dense[np.ix_(in_order, in_order)]) < 1e-12
+        outside[np.ix_(own, own)] = 0
+    assert np.abs(outside).max() < 1e-12
+    damping = float(np.median(np.linalg.eigvalsh(dense))) + 1e-6
+    expected = np.linalg.solve(dense + damping * np.eye(len(dense)), rows.T).T
+    for solver in (ij.Direct(damping), ij.Eigh(damping), ij.CG(damping, rtol=1e-11, max_steps=5000)):
+        X, info = ij.invert(op, solver).solve_many(V)
+        assert relative_error(ij.flatten(X, case.params), expected) < 1e-7
+        assert bool(jnp.all(info.converged))
+
+
+def fitted(case, method=ij.ekfac, damping=0.1, **options):
+    """Scores of all examples on each other."""
+    op = method(case.objective, case.params, case.data, **{"labels": "empirical", **options})
+    inverse = ij.invert(op, ij.Direct(damping))
+    return ij.Influence(case.objective, case.params, inverse).influences(case.data, case.data)
+
+
+def mlp_case(count=21):
+    return plain(CLASSIFICATION.predict, random_mlp(KEY), random_batch(KEY, count, 5, 3, classes=True))
+
+
+class TestInvariances:
+    @pytest.mark.parametrize("labels", ["empirical", "exact", "sampled"])
+    @pytest.mark.parametrize("method", [ij.kfac, ij.ekfac])
+    def test_chunks_and_repeated_calls(self, method, labels):
+        """Neither the chunk, nor a ragged tail, nor calling again changes anything, drawn labels included."""
+        case, options = mlp_case(), {"method": method, "labels": labels, "key": KEY}
+        once = fitted(case, **options)
+        assert np.array_equal(fitted(case, **options), once)
+        for chunk in (1, 4, 21):
+            assert relative_error(fitted(case, chunk=chunk, **options), once) < 1e-11
+
+    def test_order_of_examples_and_weights(self):
+        """A permutation permutes scores; a weight of two is an example that occurs twice."""
+        case = mlp_case()
+        order = np.random.default_rng(0).permutation(21)
+        permuted = case._replace(data=jax.tree.map(lambda x: x[order], case.data))
+        assert relative_error(fitted(permuted), fitted(case)[order][:, order]) < 1e-11
+        twice = case._replace(data=jax.tree.map(lambda x: jnp.concatenate([x, x[:5]]), case.data))
+        weights = np.ones(21)
+        weights[:5] = 2
+        assert relative_error(fitted(case, weights=weights), fitted(twice)[:21, :21]) < 1e-11
+
+    def test_jit(self):
+        case = mlp_case()
+        run = jax.jit(lambda p, data: fitted(case._replace(params=p, data=data)))
+        assert relative_error(run(case.params, case.data), fitted(case)) < 1e-11
+
+    @pytest.mark.parametrize("name", ["transformer, remat", "transformer, scan and remat"])
+    def test_scan_remat_and_a_loop_are_the_same(self, name):
+        """The same weights in layers one after the other, checkpointed, and under a scan."""
+        loop, other = ZOO["transformer"](), ZOO[name]()
+        blocks = [loop.params[f"block{index}"] for index in range(2)]
+        if "scan" in name:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+            rest = {part: leaf for part, leaf in loop.params.items() if "block" not in part}
+            params = {**rest, "ScanCheckpointBlock_0": stacked}
+        else:
+            params = loop.params
+        assert relative_error(fitted(other._replace(params=params)), fitted(loop)) < 1e-10
+
+    def test_a_shared_layer_in_a_scan_and_in_a_loop(self):
+        """Uses of one matrix are positions of it, wherever they are."""
+        params, data = {"w": square(1)}, classified(WIDTH)
+        loop = lambda p, z: jnp.tanh(jnp.tanh(z.x @ p["w"]) @ p["w"]) @ p["w"]
+        scan = lambda p, z: jax.lax.fori_loop(0, 3, lambda k, x: jnp.where(k > 0, jnp.tanh(x), x) @ p["w"], z.x)
+        for method in (ij.kfac, ij.ekfac):
+            first, second = (method(ij.Objective(f, squared), params, data, labels="empirical") for f in (loop, scan))
+            assert relative_error(ij.to_dense(second), ij.to_dense(first)) < 1e-12
+
+    def test_tied_gradients_are_sums_of_untied_ones(self):
+        """A tied embedding's scores through the identity are those of table and head apart, added and crossed."""
+        data, table = texts(), normal(VOCABULARY, WIDTH)
+        tied = ij.Objective(lambda p, z: jnp.tanh(p["table"][z.x]) @ p["table"].T, token_loss)
+        untied = ij.Objective(lambda p, z: jnp.tanh(p["table"][z.x]) @ p["head"], token_loss)
+        grads = ij.per_example_grads(untied, {"table": table, "head": table.T}, data)
+        whole = {"table": grads["table"] + jnp.swapaxes(grads["head"], 1, 2)}
+        factors = random_like(KEY, {"table": table}, 5)
+        influence = ij.Influence(tied, {"table": table}, ij.Identity({"table": table}))
+        assert relative_error(influence.influences_from_factors(factors, data), tree.gram(factors, whole)) < 1e-12
+
+
+class TestInfluence:
+    def test_blocks_are_the_layers(self):
+        case = ZOO["rotary"]()
+        op = ij.ekfac(case.objective, case.params, case.data, labels="empirical")
+        influence = ij.Influence(case.objective, case.params, ij.invert(op, ij.Direct(0.1)))
+        assert influence.block_names == ("out", "per_head", "qkv", "table")
+        by_block = influence.influences_by_block(case.data, case.data)
+        assert relative_error(sum(by_block.values()), influence.influences(case.data, case.data)) < 1e-12
+        assert influence.inverse.blocks["out"] == ("out", "out_bias")
+
+    def test_relative_damping_is_relative_to_each_layer(self):
+        case = mlp_case()
+        op = ij.ekfac(case.objective, case.params, case.data)
+        inverse = ij.invert(op, ij.Direct(ij.RelativeDamping(0.1)))
+        for part, layer in zip(inverse.by_block.values(), op.layers, strict=True):
+            assert float(part.state.damping) == pytest.approx(0.1 * float(jnp.mean(layer.values)), rel=1e-12)
+
+    def test_one_fit_serves_a_grid_of_dampings(self):
+        case = mlp_case()
+        op = 2.0 * ij.ekfac(case.objective, case.params, case.data)
+        inverse, v = ij.invert(op, ij.Direct(1.0)), random_like(KEY, case.params)
+        sweep = jax.vmap(lambda damping: inverse.with_damping(damping).mv(v))(jnp.array([0.1, 1.0, 10.0]))
+        for index, damping in enumerate((0.1, 1.0, 10.0)):
+            expected = ij.invert(op, ij.Eigh(damping)).mv(v)
+            assert tree_error(jax.tree.map(lambda x, k=index: x[k], sweep), expected) < 1e-12
+
+    def test_certificates(self):
+        case = mlp_case()
+        op = ij.ekfac(case.objective, case.params, case.data)
+        influence = ij.Influence(case.objective, case.params, ij.invert(op, ij.Direct(0.1)))
+        scores, bounds, _ = ij.score_bounds(influence, case.data, case.data)
+        assert float(jnp.max(bounds)) < 1e-10 * float(jnp.max(jnp.abs(scores)))
+
+    @pytest.mark.parametrize("name", ["rotary", "transformer, scan"])
+    def test_positions_sum_to_the_score(self, name):
+        case = ZOO[name]()
+        influence = ij.Influence(case.objective, case.params, ij.Identity(case.params), rhs_chunk=2)
+        by_position = influence.token_influences(case.data, case.data)
+        assert by_position.shape == (3, 3, LENGTH)
+        assert relative_error(jnp.sum(by_position, axis=2), influence.influences(case.data, case.data)) < 1e-12
+
+    def test_positions_are_losses_of_tokens(self):
+        """What one position contributes is what the score would be if the loss were that of its token alone."""
+        case = ZOO["rotary"]()
+        influence = ij.Influence(case.objective, case.params, ij.Identity(case.params))
+        factors = influence.influence_factors(case.data)
+        only = lambda out, z: token_loss(out[2:3], ij.Batch(z.y[2:3], z.y[2:3]))
+        alone = dataclasses.replace(influence, objective=ij.Objective(case.objective.predict, only))
+        expected = alone.influences_from_factors(factors, case.data)
+        assert relative_error(influence.token_influences(case.data, case.data)[:, :, 2], expected) < 1e-12
+
+    def test_the_same_program_for_other_numbers(self, compilations):
+        case = mlp_case()
+        ij.ekfac(case.objective, case.params, case.data)
+        other = jax.tree.map(lambda x: 1.1 * x, (case.params, case.data.x))
+        with compilations() as names:
+            ij.ekfac(case.objective, other[0], ij.Batch(other[1], case.data.y))
+        assert names == []
+
+
+class TestAssembledGaussNewton:
+    """The matrix from captures, against the one from examples' Jacobians."""
+
+    def check(self, objective, params, data, **options):
+        op = ij.GGN(objective, params, data, **options)
+        assert relative_error(ij.to_dense(op), dense_by_rows(op)) < 1e-12
+
+    @pytest.mark.parametrize("chunk", [None, 4])
+    def test_network(self, chunk):
+        data = random_batch(KEY, 21, 5, 3, classes=True)
+        weights = jnp.linspace(0.0, 2.0, 21)
+        self.check(CLASSIFICATION, random_mlp(KEY, (5, 4, 6, 3)), data, weights=weights, chunk=chunk)
+
+    def test_no_bias_odd_leaves_and_a_loss_that_is_not_convex(self):
+        predict = lambda p, z: jnp.tanh(z.x @ p["w"]) @ p["v"] * p["scale"] + 0 * jnp.sum(p["unused"])
+        loss = lambda out, z: jnp.sum(jnp.cos(out * z.y))
+        params = {"w": normal(5, 4), "v": normal(4, 3), "scale": normal(3), "unused": normal(2)}
+        self.check(ij.Objective(predict, loss), params, random_batch(KEY, 9, 5, 3, classes=False))
+
+    def test_a_block(self):
+        op = ij.GGN(CLASSIFICATION, random_mlp(KEY), random_batch(KEY, 21, 5, 3, classes=True))
+        part = ij.restrict(op, ("layer1/kernel", "layer1/bias"))
+        assert relative_error(ij.to_dense(part), dense_by_rows(part)) < 1e-12
+
+    def test_positions_go_the_other_way(self):
+        case = ZOO["conv 1-D valid stride 2"]()
+        self.check(case.objective, case.params, case.data)
