@@ -26,6 +26,8 @@ Carry = TypeVar("Carry")
 DEFAULT_CHUNK = 256
 # Entries of a chunk's largest intermediate beyond which a default chunk shrinks: 128 MiB of float32.
 CHUNK_BUDGET = 2**25
+# The same where a chunk is passed over several times, on CPU: what its caches hold, 8 MiB of float32.
+CACHE_BUDGET = 2**21
 
 
 @dataclass
@@ -162,6 +164,12 @@ def check_key(key: Any, why: str) -> Key:
 def chunk_for(entries_per_example: int) -> int:
     """The default chunk when every example makes an intermediate of that many entries."""
     return max(1, min(DEFAULT_CHUNK, CHUNK_BUDGET // max(1, entries_per_example)))
+
+
+def chunk_in_cache(entries_per_example: int) -> int:
+    """The default chunk when what every example holds is read again and again, as captured factors are."""
+    budget = CACHE_BUDGET if jax.default_backend() == "cpu" else CHUNK_BUDGET
+    return max(1, min(DEFAULT_CHUNK, budget // max(1, entries_per_example)))
 
 
 def rhs_chunk_or_default(rhs_chunk: int | None) -> int:

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Before jax is imported. LAPACK slows down many times over when its threads fight with the other test processes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,6 +21,20 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+
+# Most of the time goes into compiling: what tests have in common is compiled by the first process to need it.
+if "INFLUENCE_JAX_PROGRAMS" not in os.environ:  # processes started from this one find it there
+    os.environ["INFLUENCE_JAX_PROGRAMS"] = tempfile.mkdtemp(prefix="influence_jax-")
+jax.config.update("jax_compilation_cache_dir", os.environ["INFLUENCE_JAX_PROGRAMS"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_sessionfinish():
+    """The programs go with the run."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["INFLUENCE_JAX_PROGRAMS"], ignore_errors=True)
+
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("fixed")

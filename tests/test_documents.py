@@ -45,6 +45,16 @@ def test_quickstart(tmp_path):
     assert precision == recall >= 70, printed
 
 
+def test_transformer(tmp_path):
+    picture = tmp_path / "transformer.png"
+    small = ("--sequences", "200", "--steps", "200", "--width", "32", "--blocks", "1", "--picture", str(picture))
+    printed = run("examples/transformer.py", *small)
+    assert picture.stat().st_size > 50_000
+    assert "Most harmful" in printed
+    hits, share = map(int, re.search(r"is in (\d+) of the 10 most helpful sequences, and in (\d+)%", printed).groups())
+    assert hits >= 5 > share / 5, printed  # many times the share among all
+
+
 def test_training_loop(tmp_path):
     picture = tmp_path / "training_loop.png"
     small = ("--train", "400", "--epochs", "12", "--every", "4", "--picture", str(picture))

@@ -172,7 +172,7 @@ def test_softmax_layer_at_zero_weights_is_exact(method, bias):
     assert relative_error(scores, expected) < 1e-10
 
 
-LAWS = ["mlp", "conv 2-D groups 4 stride 2", "transformer, scan", "recurrent", "rotary", "odd", "looped"]
+LAWS = ["mlp", "conv 2-D groups 4 stride 2", "transformer, scan", "recurrent", "rotary", "odd"]
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -191,7 +191,7 @@ def test_corrected_eigenvalues_are_the_second_moments_in_the_basis(name):
     assert float(ij.trace(op)) == pytest.approx(float(jnp.mean(tree.dots(grads, grads))), rel=1e-11)
 
 
-@pytest.mark.parametrize("name", ["no bias", "odd", "rotary"])
+@pytest.mark.parametrize("name", ["no bias", "odd"])
 def test_operator_laws(name):
     """Against its own dense matrix: products, diagonal, trace, blocks, inverse at any damping."""
     case = ZOO[name]()
@@ -261,18 +261,13 @@ class TestInvariances:
         run = jax.jit(lambda p, data: fitted(case._replace(params=p, data=data)))
         assert relative_error(run(case.params, case.data), fitted(case)) < 1e-11
 
-    @pytest.mark.parametrize("name", ["transformer, remat", "transformer, scan and remat"])
-    def test_scan_remat_and_a_loop_are_the_same(self, name):
-        """The same weights in layers one after the other, checkpointed, and under a scan."""
-        loop, other = ZOO["transformer"](), ZOO[name]()
-        blocks = [loop.params[f"block{index}"] for index in range(2)]
-        if "scan" in name:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-            rest = {part: leaf for part, leaf in loop.params.items() if "block" not in part}
-            params = {**rest, "ScanCheckpointBlock_0": stacked}
-        else:
-            params = loop.params
-        assert relative_error(fitted(other._replace(params=params)), fitted(loop)) < 1e-10
+    def test_scan_remat_and_a_loop_are_the_same(self):
+        """The same weights in layers one after the other, and in checkpointed ones under a scan."""
+        loop, scan = ZOO["transformer"](), ZOO["transformer, scan and remat"]()
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), loop.params["block0"], loop.params["block1"])
+        rest = {name: leaf for name, leaf in loop.params.items() if "block" not in name}
+        scan = scan._replace(params={**rest, "ScanCheckpointBlock_0": stacked})
+        assert relative_error(fitted(scan), fitted(loop)) < 1e-10
 
     def test_a_shared_layer_in_a_scan_and_in_a_loop(self):
         """Uses of one matrix are positions of it, wherever they are."""
@@ -328,9 +323,8 @@ class TestInfluence:
         scores, bounds, _ = ij.score_bounds(influence, case.data, case.data)
         assert float(jnp.max(bounds)) < 1e-10 * float(jnp.max(jnp.abs(scores)))
 
-    @pytest.mark.parametrize("name", ["rotary", "transformer, scan"])
-    def test_positions_sum_to_the_score(self, name):
-        case = ZOO[name]()
+    def test_positions_sum_to_the_score(self):
+        case = ZOO["rotary"]()
         influence = ij.Influence(case.objective, case.params, ij.Identity(case.params), rhs_chunk=2)
         by_position = influence.token_influences(case.data, case.data)
         assert by_position.shape == (3, 3, LENGTH)

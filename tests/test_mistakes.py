@@ -1,5 +1,7 @@
 """Mistakes are told in words: the argument, what it got, what was expected, and the way out."""
 
+import dataclasses
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -36,8 +38,88 @@ def whole_batch_loss(params, batch):
     return jnp.stack([OBJECTIVE(params, batch), OBJECTIVE(params, batch)])
 
 
+def sequences(**options):
+    """EK-FAC of a model whose output has an axis of positions."""
+    objective = ij.Objective(lambda p, z: p["table"][z.x], lambda out, z: jnp.sum(out**2))
+    params, batch = {"table": jnp.ones((7, 3))}, ij.Batch(jnp.zeros((4, 2), jnp.int32))
+    return ij.ekfac(objective, params, batch, **options)
+
+
+def kronecker(**options):
+    return ij.kfac(OBJECTIVE, PARAMS, BATCH, **options)
+
+
+def not_convex():
+    return ij.ekfac(ij.Objective(helpers.mlp, lambda out, z: jnp.sum(jnp.cos(out))), PARAMS, BATCH)
+
+
 # (id, call, error, words the message must hold)
 MISTAKES = [
+    (
+        "labels unknown",
+        lambda: kronecker(labels="true"),
+        ValueError,
+        ["labels", "'true'", "exact", "sampled", "empirical"],
+    ),
+    ("sampled labels without key", lambda: kronecker(labels="sampled"), ValueError, ["key", "sampled", "None"]),
+    (
+        "true labels of a bare function",
+        lambda: ij.kfac(lambda p, z: OBJECTIVE(p, z), PARAMS, BATCH),
+        TypeError,
+        ["objective", 'labels="exact"', "Objective(predict, loss)"],
+    ),
+    (
+        "exact labels of sequences",
+        sequences,
+        ValueError,
+        ["objective", "(2, 3)", "1024", "labels='sampled'", "labels='empirical'"],
+    ),
+    (
+        "sampled labels of sequences without sample",
+        lambda: sequences(labels="sampled", key=jax.random.key(0)),
+        ValueError,
+        ["objective", "(2, 3)", "sample=influence_jax.softmax_sample"],
+    ),
+    (
+        "exact labels of a loss that is not convex",
+        not_convex,
+        ValueError,
+        ["not finite", "layer", "convex", "empirical"],
+    ),
+    ("mask not a function", lambda: kronecker(mask=jnp.ones(3)), TypeError, ["mask", "function", "(T,)"]),
+    ("mask of two axes", lambda: kronecker(mask=lambda z: jnp.ones((2, 2))), ValueError, ["mask", "(2, 2)", "(T,)"]),
+    ("mask of another length", lambda: kronecker(mask=lambda z: jnp.ones(17)), ValueError, ["mask", "17", "positions"]),
+    ("max_side zero", lambda: kronecker(max_side=0), ValueError, ["max_side", "0", "positive"]),
+    (
+        "Kronecker weights negative",
+        lambda: kronecker(weights=-jnp.ones(9)),
+        ValueError,
+        ["weights", "-1.0", "non-negative"],
+    ),
+    (
+        "NaN in data for K-FAC",
+        lambda: ij.kfac(OBJECTIVE, PARAMS, ij.Batch(BATCH.x.at[0, 0].set(jnp.nan), BATCH.y)),
+        ValueError,
+        ["data", "NaN"],
+    ),
+    (
+        "coverage of a batch",
+        lambda: ij.coverage(ij.Objective(helpers.linear, helpers.cross_entropy), PARAMS["layer0"], BATCH),
+        (TypeError, ValueError),
+        ["loss", "one example", "batch axis"],
+    ),
+    (
+        "token influences of whole examples",
+        lambda: INFLUENCE.token_influences(BATCH, BATCH),
+        ValueError,
+        ["output", "(3,)", "(T, C)", "influences"],
+    ),
+    (
+        "token influences of a bare function",
+        lambda: dataclasses.replace(INFLUENCE, objective=lambda p, z: OBJECTIVE(p, z)).token_influences(BATCH, BATCH),
+        TypeError,
+        ["objective", "token_influences", "Objective(predict, loss)"],
+    ),
     (
         "loss not scalar",
         lambda: ij.Hessian(whole_batch_loss, PARAMS, BATCH).mv(PARAMS),

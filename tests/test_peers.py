@@ -1,4 +1,4 @@
-"""One test per defect known of pyDVL 0.10, so that none is made here. The names are those of its list of defects."""
+"""One test per defect known of pyDVL 0.10, numbered as in its list of defects, and of dattri: none is made here."""
 
 import helpers
 import jax
@@ -111,3 +111,101 @@ def test_b22_parameters_follow_when_moved_to_another_device():
     scores = moved.fit(train).influences(query, train)
     assert scores.devices() == {device}
     assert relative_error(np.asarray(scores), np.asarray(recipe.fit(TRAIN).influences(QUERY, TRAIN))) < 1e-12
+
+
+def softmax_layer(examples: int = 30, width: int = 4, classes: int = 3, *, bias: bool = True, scale: float = 0.0):
+    """A softmax regression on correlated inputs; at scale 0 all predictions are uniform and K-FAC is exact."""
+    data = helpers.random_batch(jax.random.key(4), examples, width, classes, classes=True)
+    mixing = jnp.triu(jnp.arange(1.0, 1 + width**2).reshape(width, width)) / width
+    params = {"kernel": scale * jax.random.normal(jax.random.key(5), (width, classes))}
+    params |= {"bias": scale * jnp.arange(1.0 * classes)} if bias else {}
+    objective = ij.Objective(helpers.affine if bias else helpers.linear, helpers.cross_entropy)
+    return objective, params, ij.Batch(data.x @ mixing + 1, data.y)
+
+
+def test_b10_uniform_predictions_have_curvature():
+    """Labels are the model's own, not a pseudo-loss whose Fisher matrix vanishes for two equally likely classes."""
+    objective, params, data = softmax_layer(classes=2)
+    for method in (ij.kfac, ij.ekfac):
+        curvature = method(objective, params, data)
+        assert relative_error(ij.to_dense(curvature), ij.to_dense(ij.GGN(objective, params, data))) < 1e-12
+
+
+@pytest.mark.parametrize("method", [ij.kfac, ij.ekfac])
+def test_b11_a_layer_without_bias_has_none(method):
+    """The last weights are not taken for a bias: trained or not, each of them is treated as the others are."""
+    objective, params, data = softmax_layer(bias=False, scale=1.0)
+    curvature, order = method(objective, params, data), jnp.array([3, 1, 0, 2])
+    turned = ij.Batch(data.x[:, order], data.y)
+    permuted = method(objective, {"kernel": params["kernel"][order]}, turned)
+    v = jnp.arange(12.0).reshape(4, 3)
+    expected = ij.invert(curvature, ij.Direct(0.1)).mv({"kernel": v})["kernel"][order]
+    assert relative_error(ij.invert(permuted, ij.Direct(0.1)).mv({"kernel": v[order]})["kernel"], expected) < 1e-10
+
+
+def test_b12_by_layer_with_more_queries_than_examples():
+    """Scores by layer are (queries, examples) in every mode, and sum to the total."""
+    few = jax.tree.map(lambda x: x[:2], TRAIN)
+    influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(ij.ekfac(OBJECTIVE, PARAMS, TRAIN), ij.Direct(0.1)))
+    for mode, shape in (("up", (6, 2)), ("perturbation", (6, 2, 5))):
+        by_layer = influence.influences_by_block(QUERY, few, mode)
+        assert [scores.shape for scores in by_layer.values()] == [shape, shape]
+        assert relative_error(sum(by_layer.values()), influence.influences(QUERY, few, mode)) < 1e-12
+
+
+@pytest.mark.parametrize("length", [1, 8, 32])
+def test_b13_sequences_keep_their_trace(length):
+    """However long the sequences, the trace is that of the Fisher matrix, and outputs may have two axes."""
+    objective = ij.Objective(lambda p, z: z.x @ p["kernel"], lambda out, z: 0.5 * jnp.mean(jnp.sum(out**2, axis=1)))
+    x = jnp.repeat(jax.random.normal(jax.random.key(6), (9, 1, 4)), length, axis=1)
+    params = {"kernel": jax.random.normal(jax.random.key(7), (4, 3))}
+    data = ij.Batch(x, jnp.zeros(9))
+    trace = ij.trace(ij.ekfac(objective, params, data, labels="empirical"))
+    assert float(trace) == pytest.approx(float(ij.trace(ij.EmpiricalFisher(objective, params, data))), rel=1e-12)
+    once = ij.ekfac(objective, params, ij.Batch(x[:, :1], data.y), labels="empirical")
+    assert float(trace) == pytest.approx(float(ij.trace(once)), rel=1e-12)
+
+
+def test_b14_dead_inputs_without_damping():
+    """A singular curvature gives finite factors and a warning; the least damping makes it regular."""
+    objective, params, data = softmax_layer()
+    data = ij.Batch(data.x.at[:, 0].set(0), data.y)
+    curvature = ij.ekfac(objective, params, data)
+    query = jax.tree.map(lambda x: x[:3], data)
+    with pytest.warns(ij.ConvergenceWarning, match="did not converge"):
+        factors = ij.Influence(objective, params, ij.invert(curvature, ij.Direct(0.0))).influence_factors(query)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(factors))
+    influence = ij.Influence(objective, params, ij.invert(curvature, ij.Direct(1e-8)), throw=True)
+    assert bool(jnp.all(jnp.isfinite(influence.influences(query, data))))
+
+
+def test_b15_fitting_leaves_the_model_as_it_was():
+    from flax import nnx
+
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
+    objective, params = ij.from_nnx(model, helpers.cross_entropy)
+    _, _, data = softmax_layer()
+    ij.ekfac(objective, params, jax.tree.map(lambda x: x, ij.Batch(data.x.astype(jnp.float32), data.y)))
+    after = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+
+
+def test_dattri_rotation_and_bias_layout():
+    """Eigenvectors are columns, and the bias is the row of the constant input: both by the formula, and exactly.
+
+    Turning gradients by the transposes, or pairing the bias with another input, is far off for correlated inputs.
+    """
+    objective, params, data = softmax_layer()
+    curvature = ij.kfac(objective, params, data)
+    inputs = np.concatenate([np.asarray(data.x), np.ones((30, 1))], axis=1)
+    a, s = inputs.T @ inputs / 30, np.eye(3) / 3 - 1 / 9
+    (a_values, q_a), (s_values, q_s) = np.linalg.eigh(a), np.linalg.eigh(s)
+    v = {"kernel": jnp.arange(12.0).reshape(4, 3), "bias": jnp.array([5.0, -7.0, 1.0])}
+    matrix = np.concatenate([v["kernel"], v["bias"][None]])
+    solve = lambda p, q: p @ ((p.T @ matrix @ q) / (np.outer(a_values, s_values) + 0.1)) @ q.T
+    got = ij.invert(curvature, ij.Direct(0.1)).mv(v)
+    got = np.concatenate([got["kernel"], got["bias"][None]])
+    assert relative_error(got, solve(q_a, q_s)) < 1e-10
+    assert relative_error(solve(q_a.T, q_s.T), solve(q_a, q_s)) > 0.1

@@ -14,8 +14,19 @@ import numpy as np
 
 from .. import tree
 from .._typing import Array, Key, LossFunction, PyTree
-from ..batching import as_batch, check_key, check_positive, chunk_for
-from ..capture import MAX_SIDE, Layer, LayerFactors, arrange, held_entries, layer_factors, moments, rotated, squares
+from ..batching import as_batch, check_key, check_positive, chunk_in_cache
+from ..capture import (
+    MAX_SIDE,
+    Layer,
+    LayerFactors,
+    Plan,
+    arrange,
+    held_entries,
+    layer_factors,
+    moments,
+    rotated,
+    squares,
+)
 from ..objective import LossOnly, Objective, as_objective, floating_output
 from .exact import EmpiricalFisher, divide, sum_over_data
 from .fisher import Keyed, drawn_cotangents, vector_square_root
@@ -179,9 +190,11 @@ def _fit(op: EmpiricalFisher, labels: str, mask: Mask | None, max_side: int, cor
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), op.data)
     fn = captured_function(objective)
     plan, layers = arrange(lambda p, z: fn(p, z.example), params, shapes, max_side)
+    if mask is not None:
+        _check_mask(mask, plan, shapes.example)
     columns = tree.size(plan.output) if labels == "exact" else 1
     held = partial(held_entries, plan, cotangents=columns)
-    chunk = lambda whole: chunk_for(sum(held(layer, whole=whole) for layer in layers))
+    chunk = lambda whole: chunk_in_cache(sum(held(layer, whole=whole) for layer in layers))
 
     def factors(batch: Keyed) -> list[LayerFactors]:
         pull = lambda out, z: _masked(_cotangents(objective, labels, out, z), out, mask, z.example)
@@ -241,6 +254,18 @@ def _positions(mask: Mask, example: PyTree) -> Array:
     if counts.ndim != 1:
         raise ValueError(f"mask: returned shape {counts.shape} for one example, expected (T,), one entry per position")
     return counts
+
+
+def _check_mask(mask: Mask, plan: Plan, example: PyTree) -> None:
+    """Raise if nothing in the model has as many positions as the mask."""
+    (length,) = jax.eval_shape(partial(_positions, mask), example).shape
+    positions = {use.positions for use in plan.uses}
+    positions |= {leaf.shape[0] for leaf in jax.tree.leaves(plan.output) if leaf.ndim > 1}
+    if length not in positions:
+        raise ValueError(
+            f"mask: returned {length} entries for one example, but the model's layers and outputs have "
+            f"{sorted(positions)} positions; return one entry for each of them"
+        )
 
 
 def _counted(mask: Mask | None, examples: PyTree, positions: int) -> Array:
