@@ -166,10 +166,15 @@ def chunk_for(entries_per_example: int) -> int:
     return max(1, min(DEFAULT_CHUNK, CHUNK_BUDGET // max(1, entries_per_example)))
 
 
-def chunk_in_cache(entries_per_example: int) -> int:
-    """The default chunk when what every example holds is read again and again, as captured factors are."""
+def chunk_in_cache(entries_per_example: int, wanted: int = 1) -> int:
+    """The default chunk when what every example holds is read again and again, as captured factors are.
+
+    Args:
+      entries_per_example: What it holds.
+      wanted: How many examples it takes, up to 64, for other work to pay, as a product with that many vectors.
+    """
     budget = CACHE_BUDGET if jax.default_backend() == "cpu" else CHUNK_BUDGET
-    return max(1, min(DEFAULT_CHUNK, budget // max(1, entries_per_example)))
+    return max(min(DEFAULT_CHUNK, budget // max(1, entries_per_example)), min(wanted, 64), 1)
 
 
 def rhs_chunk_or_default(rhs_chunk: int | None) -> int:

@@ -12,7 +12,7 @@ from jax import lax
 
 from . import tree
 from ._typing import Array, PyTree
-from .batching import chunk_in_cache, map_chunks, map_over, rhs_chunk_or_default, scan_chunks
+from .batching import chunk_for, chunk_in_cache, map_chunks, map_over, rhs_chunk_or_default, scan_chunks
 from .capture import arrange, held_entries, layer_factors, products
 from .gradients import _jacobian_product, _mixed_product, directional, matching
 from .objective import LossOnly, Objective, floating_output
@@ -66,8 +66,11 @@ def inner_products(
         parts = [products(layer, f, v) for layer, f, v in zip(layers, found, vectors, strict=True)]
         return sum(parts[1:], parts[0])
 
-    held = sum(held_entries(plan, layer, vectors=tree.count(factors)) for layer in layers)
-    return map_chunks(one_chunk, batch, chunk=chunk or chunk_in_cache(held))
+    queries = tree.count(factors)
+    largest = max(held_entries(plan, layer, vectors=queries) for layer in layers)
+    held = sum(held_entries(plan, layer) for layer in layers)
+    fits = min(chunk_in_cache(held, wanted=queries), chunk_for(held + largest))
+    return map_chunks(one_chunk, batch, chunk=chunk or fits)
 
 
 @partial(jax.jit, static_argnames=("wrt", "chunk", "rhs_chunk"))
