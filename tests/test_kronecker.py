@@ -316,6 +316,28 @@ class TestInfluence:
             expected = ij.invert(op, ij.Eigh(damping)).mv(v)
             assert tree_error(jax.tree.map(lambda x, k=index: x[k], sweep), expected) < 1e-12
 
+    def test_through_the_facade_and_by_block(self):
+        """A recipe takes it as any curvature; blocks finer than its layers are blocks of it."""
+        case = mlp_case()
+        recipe = ij.InfluenceFunctionModel(case.objective, case.params, curvature=ij.ekfac, solver=ij.Direct(0.1))
+        scores = recipe.fit(case.data).influences(case.data)
+        assert relative_error(scores, fitted(case, labels="exact")) < 1e-12
+        finer = dataclasses.replace(recipe, blocks=ij.by_parameter).fit(case.data)
+        dense = np.asarray(ij.to_dense(ij.ekfac(case.objective, case.params, case.data)))
+        labels = ij.unflatten(jnp.arange(len(dense)), case.params)
+        leaf = np.concatenate([np.full(x.size, k) for k, x in enumerate(jax.tree.leaves(labels))])
+        dense = np.where(leaf[:, None] == leaf[None], dense, 0) + 0.1 * np.eye(len(dense))
+        grads = np.asarray(ij.flatten(empirical_gradients(case), case.params))
+        expected = grads @ np.linalg.solve(dense, grads.T)
+        assert relative_error(finer.influences(case.data), expected) < 1e-10
+
+    def test_derivative_in_the_damping(self):
+        case = mlp_case()
+        op = ij.ekfac(case.objective, case.params, case.data)
+        value = jax.jit(lambda damping: tree.dot(case.params, ij.invert(op, ij.Direct(damping)).mv(case.params)))
+        difference = (value(0.1 + 1e-5) - value(0.1 - 1e-5)) / 2e-5
+        assert float(jax.grad(value)(0.1)) == pytest.approx(float(difference), rel=1e-7)
+
     def test_certificates(self):
         case = mlp_case()
         op = ij.ekfac(case.objective, case.params, case.data)

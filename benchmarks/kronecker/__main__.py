@@ -22,7 +22,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ import stages  # noqa: F401, finds what the benchmark beside is made of
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from side_by_side.__main__ import environment, processor  # noqa: E402
+from side_by_side.__main__ import environment, peers, processor  # noqa: E402
 
 SCRIPTS = {"ours": "ours.py", "kronfluence": "with_kronfluence.py", "pyDVL": "with_pydvl.py"}
 EMPIRICAL = ("empirical", "kronfluence", "empirical")
@@ -54,16 +53,6 @@ collections of garbage are all but left out.  pyDVL's labels are of its own kind
 labels to their expectation, of which one draw is a rough estimate: some twenty labels of 1500 differ from the model's
 first choice.  `to GGN` is the distance to the scores with the Gauss-Newton matrix itself, with the mean correlation of
 a query's scores with those."""
-
-
-def peers():
-    """An environment with what the peers need."""
-    folder = HERE / ".venv"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"], check=True)
-    return python
 
 
 def settings(side, which, stage):
@@ -177,7 +166,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path, default=HERE.parent / "results" / "kronecker.json")
     arguments = parser.parse_args()
-    python = arguments.peer or peers()
+    python = arguments.peer or peers(HERE)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # for all that is started from here
     results = {"processor": processor(), "versions": versions(python), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:

@@ -60,13 +60,13 @@ CASES = {
 }
 
 
-def peers():
+def peers(here=HERE):
     """An environment with what the peers need."""
-    folder = HERE / ".venv"
+    folder = here / ".venv"
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", here / "requirements.txt"], check=True)
     return python
 
 

@@ -78,11 +78,11 @@ def layer_factors(
 
 
 def _of_layer(layer: Layer, inputs: list[Array], outputs: list[Array], live: dict[str, Array]) -> LayerFactors:
+    rest = None
     if layer.of_entries or layer.live:
-        flat = {name: live[name].reshape((-1, *live[name].shape[2:])) for name in layer.names}
-        rest = layer.matrix(flat)
-        rest = rest.reshape(live[layer.kernel].shape[:2] + rest.shape[1:])
-    if layer.of_entries:  # one input that is always one
+        flat = layer.matrix({name: live[name].reshape((-1, *live[name].shape[2:])) for name in layer.names})
+        rest = flat.reshape(live[layer.kernel].shape[:2] + flat.shape[1:])
+    if layer.of_entries and rest is not None:  # one input that is always one
         return LayerFactors([Factors(jnp.ones((len(rest), layer.groups, 1, 1), rest.dtype), rest)], None)
     uses = []
     for index, _ in layer.uses:
@@ -90,7 +90,7 @@ def _of_layer(layer: Layer, inputs: list[Array], outputs: list[Array], live: dic
         if layer.bias is not None:
             x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
         uses.append(Factors(x, outputs[index]))
-    return LayerFactors(uses, rest if layer.live else None)
+    return LayerFactors(uses, rest)
 
 
 def einsum(pattern: str, *operands: Array) -> Array:
@@ -198,10 +198,10 @@ def moments(
             inputs = einsum("bt,bgti,bgti->gi" if own_in else "bt,bgti,bgtj->gij", positions, use.inputs, use.inputs)
         pattern = "bt,bkgto,bkgto->go" if own_out else "bt,bkgto,bkgtp->gop"
         outputs = einsum(pattern, positions, use.outputs, use.outputs)
-        new = (outputs, inputs) if exchanged else (inputs, outputs)
-        new = (*new, jnp.sum(positions))
+        rows, columns = (outputs, inputs) if exchanged else (inputs, outputs)
+        new = (rows, columns, jnp.sum(positions))
         known = sums.get(exchanged)
-        sums[exchanged] = new if known is None else tuple(x + y for x, y in zip(known, new, strict=True))
+        sums[exchanged] = new if known is None else (known[0] + new[0], known[1] + new[1], known[2] + new[2])
     return sums
 
 

@@ -172,7 +172,9 @@ LINEAR: dict[str, Callable[[Any, int], Linear | None]] = {
 
 def canonical_input(rule: Linear, x: Array, loops: int) -> Array:
     """A captured input `(*loops, ...)` as `(*loops, G, T, I)`, or row numbers `(*loops, G, T)`."""
-    prepare = rule.prepare
-    for _ in range(loops if prepare is not None else 0):
-        prepare = jax.vmap(prepare)
-    return rule.input.apply(x if prepare is None else prepare(x), loops)
+    if rule.prepare is not None:
+        prepare = rule.prepare
+        for _ in range(loops):
+            prepare = jax.vmap(prepare)
+        x = prepare(x)
+    return rule.input.apply(x, loops)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def _checked_fit(
     if mask is not None and not callable(mask):
         raise TypeError(f"mask: got {mask!r}, expected a function mask(example) -> (T,), or None")
     check_positive(max_side, "max_side")
-    data, keys = as_batch(data, "data"), None
+    data, keys = as_batch(data, "data"), cast(Key, None)  # only drawn labels look at keys
     if labels == "sampled":
         keys = jax.random.split(check_key(key, 'labels="sampled" draws labels from the model'), tree.count(data))
     op = EmpiricalFisher(objective, params, Keyed(data, keys), weights=weights, chunk=chunk)
@@ -295,12 +295,12 @@ def _nearest_product(means: Sequence[tuple[Array, Array]]) -> tuple[Array, Array
     orders of magnitude, and neither may drown in the other's.
     """
     traces = [(_traces(rows), _traces(columns)) for rows, columns in means]
-    total = sum(left * right for left, right in traces)
+    total = jnp.sum(jnp.stack([left * right for left, right in traces]), axis=0)
     root = jnp.sqrt(jnp.where(total > 0, total, 1))
     like = lambda factor, x: factor.reshape((-1,) + (1,) * (x.ndim - 1))
-    rows = sum(like(right / root, x) * x for (x, _), (_, right) in zip(means, traces, strict=True))
-    columns = sum(like(left / root, x) * x for (_, x), (left, _) in zip(means, traces, strict=True))
-    return rows, columns
+    rows = [like(right / root, x) * x for (x, _), (_, right) in zip(means, traces, strict=True)]
+    columns = [like(left / root, x) * x for (_, x), (left, _) in zip(means, traces, strict=True)]
+    return jnp.sum(jnp.stack(rows), axis=0), jnp.sum(jnp.stack(columns), axis=0)
 
 
 def _traces(moment: Array) -> Array:
