@@ -7,6 +7,7 @@ measurement is made in a process of its own, on one core.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -62,6 +63,7 @@ def measure(width, count):
     influence = ij.Influence(objective, params, ij.invert(fit(), ij.Direct(ij.RelativeDamping(0.1))))
     for name, run in (("fit", fit), ("score", score)):
         run()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be used again unseen
         baseline = memory("VmRSS")
         forget_peak()
         times = [timed(run)[1] for _ in range(3)]

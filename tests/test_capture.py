@@ -143,6 +143,13 @@ def test_overlapping_slices_are_taken_as_they_are():
     check(case, 1e-12)
 
 
+@jax.jit
+def product_and_more(x, w):
+    """A product that is read before it is returned, so that its cotangent has two parts."""
+    y = x @ w
+    return y, jnp.tanh(y)
+
+
 BIASES = {
     "read twice": lambda p, z: (y := z.x @ p["w"]) * 2 + jnp.tanh(y + p["b"][None]),
     "one for two products": lambda p, z: (z.x @ p["w"] + p["b"][None]) + (jnp.tanh(z.x) @ p["v"] + p["b"][None]),
@@ -153,6 +160,10 @@ BIASES = {
     "twice": lambda p, z: z.x @ p["w"] + p["b"][None] + p["c"][None],
     "times two": lambda p, z: z.x @ p["w"] + 2 * p["b"][None],
     "of an embedding": lambda p, z: p["table"][z.y + jnp.arange(LENGTH)] + p["b"][None],
+    "after a call that read it": lambda p, z: (r := product_and_more(z.x, p["w"]))[1] * (r[0] + p["b"][None]),
+    "after rounding": lambda p, z: (z.x @ p["w"]).astype(jnp.bfloat16).astype(z.x.dtype) + p["b"][None],
+    "after rounding to integers": lambda p, z: jnp.floor(z.x @ p["w"]).astype(int).astype(z.x.dtype) + p["b"][None],
+    "as integers": lambda p, z: z.x @ p["w"] + (8 * p["b"]).astype(int).astype(z.x.dtype)[None] * p["c"][None],
     "a row of a matrix": lambda p, z: jnp.tanh(z.x @ p["w"] + p["v"][0][None]) @ p["v"],
 }
 ROWS = {"on the left": {"b"}, "through a transpose": {"b"}, "twice": {"b"}}

@@ -309,7 +309,8 @@ class TestInfluence:
 
     def test_one_fit_serves_a_grid_of_dampings(self):
         case = mlp_case()
-        op = 2.0 * ij.ekfac(case.objective, case.params, case.data)
+        op = jnp.array(2.0) * ij.ekfac(case.objective, case.params, case.data)
+        assert (2.0 * op).psd is op.psd is (-1.0 * op).psd is False
         inverse, v = ij.invert(op, ij.Direct(1.0)), random_like(KEY, case.params)
         sweep = jax.vmap(lambda damping: inverse.with_damping(damping).mv(v))(jnp.array([0.1, 1.0, 10.0]))
         for index, damping in enumerate((0.1, 1.0, 10.0)):
@@ -330,6 +331,18 @@ class TestInfluence:
         grads = np.asarray(ij.flatten(empirical_gradients(case), case.params))
         expected = grads @ np.linalg.solve(dense, grads.T)
         assert relative_error(finer.influences(case.data), expected) < 1e-10
+
+    def test_derivative_through_the_fit(self, float32):
+        """Of the trace in the parameters, also where eigenvectors are computed in a precision of their own."""
+        case = mlp_case()
+        fit = lambda p, data: ij.trace(ij.kfac(case.objective, p, data, labels="empirical"))
+        params, data = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype == float else x, (case.params, case.data)
+        )
+        slope = tree.dot(jax.jit(jax.grad(fit))(params, data), params)
+        moved = [jax.tree.map(lambda x, s=s: (1 + s) * x, params) for s in (1e-2, -1e-2)]
+        difference = (fit(moved[0], data) - fit(moved[1], data)) / 2e-2
+        assert float(slope) == pytest.approx(float(difference), rel=1e-2)
 
     def test_derivative_in_the_damping(self):
         case = mlp_case()

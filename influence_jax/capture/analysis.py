@@ -189,7 +189,11 @@ class _Reader:
             if any(tag is not None for tag in operands):
                 out = self._equation(node, place, equation, once, loops)
                 tags.update(zip(equation.outvars, out, strict=True))
-        return node, [look(v) for v in jaxpr.outvars]
+        out = [look(v) for v in jaxpr.outvars]
+        alone = [
+            None if isinstance(tag, Output) and read[v] > 1 else tag for tag, v in zip(out, jaxpr.outvars, strict=True)
+        ]
+        return node, alone
 
     def _equation(
         self, node: Node, place: int, equation: Any, operands: list[Tag], loops: tuple[int, ...]
@@ -200,7 +204,7 @@ class _Reader:
         if steps is not None and (tag := operands[0]) is not None:
             if isinstance(tag, Leaf):
                 node.views.add(place)
-            elif View(steps).repeats or View(steps).cuts:
+            elif View(steps).repeats or View(steps).cuts or _recast(equation):
                 return none
             return [dataclasses.replace(tag, view=tag.view.then(*steps))]
         if (inner := called(equation)) is not None:
@@ -273,3 +277,8 @@ class _Reader:
             return False
         use.bias = (tag.leaf, places)
         return True
+
+
+def _recast(equation: Any) -> bool:
+    """Whether the output is of another dtype, in which its cotangent is rounded, or lost if it is an integer."""
+    return equation.invars[0].aval.dtype != equation.outvars[0].aval.dtype

@@ -44,7 +44,7 @@ class Coverage:
     def share(self, *kinds: str) -> float:
         """Which share of all parameters is in leaves of these kinds."""
         size = lambda leaf: math.prod(leaf.shape)
-        return sum(size(leaf) for leaf in self.leaves if leaf.kind in kinds) / sum(map(size, self.leaves))
+        return sum(size(leaf) for leaf in self.leaves if leaf.kind in kinds) / max(sum(map(size, self.leaves)), 1)
 
     def __repr__(self) -> str:
         rows = [(leaf.name, " x ".join(map(str, leaf.shape)) or "()", leaf.kind, leaf.details) for leaf in self.leaves]

@@ -160,6 +160,10 @@ def _broadcast(equation: Any) -> tuple[Step, ...]:
     return (Broadcast(after.shape, tuple(equation.params["broadcast_dimensions"])),)
 
 
+def _cast(equation: Any) -> tuple[Step, ...] | None:
+    return () if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating) else None  # integers have no derivative
+
+
 def _slice(equation: Any) -> tuple[Step, ...]:
     params, shape = equation.params, equation.invars[0].aval.shape
     strides = params["strides"] or (1,) * len(shape)
@@ -181,7 +185,7 @@ VIEWS: dict[str, Callable[[Any], tuple[Step, ...] | None]] = {
     "transpose": lambda equation: (Transpose(tuple(equation.params["permutation"])),),
     "slice": _slice,
     "rev": _reverse,
-    "convert_element_type": lambda equation: (),
+    "convert_element_type": _cast,
     "copy": lambda equation: (),
     "copy_p": lambda equation: (),
     "name": lambda equation: (),

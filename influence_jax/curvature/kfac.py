@@ -2,7 +2,6 @@ r"""Fitting Kronecker-factored curvature: K-FAC and EK-FAC of any model that JAX
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from ..capture import (
     LayerFactors,
     Plan,
     arrange,
+    einsum,
     held_entries,
     layer_factors,
     moments,
@@ -308,21 +308,38 @@ def _traces(moment: Array) -> Array:
 
 
 def _eigenvectors(moment: Array) -> tuple[Array | None, Array]:
-    """Eigenvectors `(G, n, n)` and eigenvalues `(G, n)`; a diagonal `(G, n)` is its own eigenvalues.
-
-    In float64 wherever the hardware has it: single precision turns the many small eigenvectors into each other, which
-    moved scores by 1e-4 for a side of 256.
-    """
+    """Eigenvectors `(G, n, n)` and eigenvalues `(G, n)`; a diagonal `(G, n)` is its own eigenvalues."""
     if moment.ndim == 2:
         return None, moment
-    wide_enough = jax.default_backend() == "tpu"
-    with contextlib.nullcontext() if wide_enough else jax.enable_x64(True):
-        wide = moment if wide_enough else moment.astype(np.float64)
-        values, vectors = jnp.linalg.eigh(symmetric_part(wide))
-        values = jnp.maximum(values, np.zeros((), wide.dtype))
+    vectors, values = _eigh(moment)
+    return vectors, jnp.maximum(values, 0)
+
+
+@jax.custom_jvp
+def _eigh(moment: Array) -> tuple[Array, Array]:
+    """Eigenvectors and eigenvalues, in float64 wherever the hardware has it.
+
+    Single precision turns the many small eigenvectors into each other, which moved scores by 1e-4 for a side of 256.
+    """
+    if jax.default_backend() == "tpu":
+        values, vectors = jnp.linalg.eigh(_symmetric(moment))
+        return vectors, values
+    with jax.enable_x64(True):
+        values, vectors = jnp.linalg.eigh(_symmetric(moment.astype(np.float64)))
         return vectors.astype(moment.dtype), values.astype(moment.dtype)
 
 
-def symmetric_part(moment: Array) -> Array:
+@_eigh.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """In the precision of the moment; equal eigenvalues, whose vectors are arbitrary, do not turn into each other."""
+    vectors, values = _eigh(*primals)
+    inner = einsum("gji,gjk,gkl->gil", vectors, _symmetric(tangents[0]), vectors).astype(values.dtype)
+    gaps = values[:, None, :] - values[:, :, None]
+    turn = jnp.where(gaps == 0, 0, inner / jnp.where(gaps == 0, 1, gaps))
+    moved = einsum("gij,gjk->gik", vectors, turn).astype(vectors.dtype)
+    return (vectors, values), (moved, jnp.diagonal(inner, axis1=1, axis2=2))
+
+
+def _symmetric(moment: Array) -> Array:
     """Of matrices `(G, n, n)`, without what rounding added."""
     return (moment + moment.swapaxes(1, 2)) / np.asarray(2, moment.dtype)

@@ -26,7 +26,7 @@ from .capabilities import (
     trace,
     wide_dtype,
 )
-from .operator import LinearOperator
+from .operator import LinearOperator, Scaled
 
 
 @dataclass
@@ -65,12 +65,14 @@ class Kronecker(LinearOperator):
     Attributes:
       params: Defines the space.
       layers: The layers, which hold every parameter once.
+      psd: Whether no eigenvalue is known to be negative; static.
 
     Reference: Martens & Grosse 2015, arXiv:1503.05671; George et al. 2018, arXiv:1806.03884.
     """
 
     params: PyTree
     layers: tuple[KroneckerLayer, ...]
+    psd: bool = static(default=True)  # type: ignore[assignment]
 
     def mv(self, v: PyTree) -> PyTree:
         tree.check_vector(v, self.space, "v")
@@ -84,15 +86,12 @@ class Kronecker(LinearOperator):
     def space(self) -> PyTree:
         return self.params
 
-    @property
-    def psd(self) -> bool:
-        return True
-
     def __mul__(self, factor: float | Array) -> LinearOperator:
-        if not isinstance(factor, int | float) or factor < 0:
-            return LinearOperator.__mul__(self, factor)  # of unknown sign: no longer known to be positive
-        layers = (dataclasses.replace(layer, values=factor * layer.values) for layer in self.layers)
-        return Kronecker(self.params, tuple(layers))
+        scaled = LinearOperator.__mul__(self, factor)
+        if not isinstance(scaled, Scaled):
+            return NotImplemented
+        layers = (dataclasses.replace(x, values=tree.scale(scaled.factor, x.values)) for x in self.layers)
+        return Kronecker(self.params, tuple(layers), scaled.psd)
 
     __rmul__ = __mul__
 
@@ -149,7 +148,7 @@ def _(op: Kronecker, dampings: Mapping[str, Array]) -> LinearOperator:
         damping = of_leaf[layer.layer.kernel].astype(layer.values.dtype)
         return dataclasses.replace(layer, values=layer.values + damping)
 
-    return Kronecker(op.params, tuple(layer_shifted(layer) for layer in op.layers))
+    return Kronecker(op.params, tuple(layer_shifted(layer) for layer in op.layers), op.psd)
 
 
 @restrict.register
@@ -158,7 +157,7 @@ def _(op: Kronecker, block: Sequence[str]) -> LinearOperator:
     layers = [layer for layer in op.layers if set(layer.layer.names) & set(chosen)]
     if not all(set(layer.layer.names) <= set(chosen) for layer in layers):
         return Restricted(op, chosen)
-    return Kronecker(blocks.select(op.params, chosen), tuple(layers))
+    return Kronecker(blocks.select(op.params, chosen), tuple(layers), op.psd)
 
 
 @diagonal.register
