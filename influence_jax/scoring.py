@@ -91,11 +91,12 @@ def perturbed(
 def check_positions(objective: Objective, params: PyTree, batch: PyTree) -> None:
     """Raise unless the model's output has a row for each position."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(objective.output, params, example))
-    if len(jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))) != 1 or len(shapes) != 2:
+    output = jax.eval_shape(objective.output, params, example)
+    if not isinstance(output, jax.ShapeDtypeStruct) or len(output.shape) != 2:
+        got = jax.tree.map(jnp.shape, output)
         raise ValueError(
-            f"objective: its output has shape {shapes} for one example, expected one array (T, C), a row for each "
-            "position; use influences for scores of whole examples"
+            f"objective: its output has shape {got} for one example, expected one array (T, C), a row for each position; "
+            "use influences for scores of whole examples"
         )
 
 

@@ -116,6 +116,7 @@ KINDS = {
 def test_coverage(name):
     objective, params, data = ZOO[name]()
     covered = ij.coverage(objective, params, first(data))
+    assert ij.coverage(objective, *jax.eval_shape(lambda: (params, first(data)))) == covered
     kinds = {leaf.name: leaf.kind for leaf in covered.leaves}
     assert list(kinds) == [leaf for leaf, _ in tree.named_leaves(params)]
     assert {leaf: kinds[leaf] for leaf in KINDS[name]} == KINDS[name]

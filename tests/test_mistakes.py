@@ -115,6 +115,14 @@ MISTAKES = [
         ["output", "(3,)", "(T, C)", "influences"],
     ),
     (
+        "token influences of two outputs",
+        lambda: dataclasses.replace(
+            INFLUENCE, objective=ij.Objective(lambda p, z: (z.x, z.x), lambda out, z: out[0].sum())
+        ).token_influences(BATCH, BATCH),
+        ValueError,
+        ["output", "((5,), (5,))", "(T, C)"],
+    ),
+    (
         "token influences of a bare function",
         lambda: dataclasses.replace(INFLUENCE, objective=lambda p, z: OBJECTIVE(p, z)).token_influences(BATCH, BATCH),
         TypeError,

@@ -70,8 +70,8 @@ def coverage(
 
     Args:
       objective: Objective, or a bare `f(params, example) -> scalar`.
-      params: Leaves `(*leaf)`.
-      example: ONE example, without a batch axis.
+      params: Leaves `(*leaf)`, or their shapes, as `jax.eval_shape` gives them.
+      example: ONE example, without a batch axis, or its shapes.
       max_side: As in `kfac`.
 
     Returns:
@@ -92,7 +92,9 @@ def coverage(
       scale      2      block       2 x 2, exact; mul
       80.0% of the parameters Kronecker-factored, 20.0% in exact blocks, 0.0% by their diagonal
     """
-    objective, params = as_objective(objective), tree.check_params(params)
+    objective = as_objective(objective)
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        params = tree.check_params(params)
     check_positive(max_side, "max_side")
     jax.eval_shape(objective, params, example)  # a batch in place of an example is found out here
     plan, layers = arrange(objective, params, example, max_side)
