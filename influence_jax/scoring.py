@@ -95,8 +95,8 @@ def check_positions(objective: Objective, params: PyTree, batch: PyTree) -> None
     if not isinstance(output, jax.ShapeDtypeStruct) or len(output.shape) != 2:
         got = jax.tree.map(jnp.shape, output)
         raise ValueError(
-            f"objective: its output has shape {got} for one example, expected one array (T, C), a row for each position; "
-            "use influences for scores of whole examples"
+            f"objective: its output has shape {got} for one example, expected one array (T, C), a row for each "
+            "position; use influences for scores of whole examples"
         )
 
 
