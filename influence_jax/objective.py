@@ -56,7 +56,7 @@ class Objective:
         for name, value in (("predict", self.predict), ("loss", self.loss)):
             if not callable(value):
                 raise TypeError(f"{name}: got a {type(value).__name__}, expected a function of one example")
-            _check_hashable(value, name)
+            check_hashable(value, name)
         if self.sample is not None and not callable(self.sample):
             raise TypeError(f"sample: got {self.sample!r}, expected a function (key, output) -> cotangent, or None")
         for path, leaf in tree.named_leaves(self.constants):
@@ -123,7 +123,7 @@ def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnl
         raise TypeError(
             f"{name}: got a {type(objective).__name__}, expected an Objective or f(params, example) -> scalar"
         )
-    _check_hashable(objective, name)
+    check_hashable(objective, name)
     return LossOnly(objective)
 
 
@@ -156,7 +156,8 @@ def _check_constant(leaf: Any, path: str) -> None:
         raise TypeError(f"constants: leaf '{path}' is float64 but 64-bit mode is off; cast it to float32")
 
 
-def _check_hashable(fn: Callable, name: str) -> None:
+def check_hashable(fn: Callable, name: str) -> None:
+    """Raise unless a function can be a static part of a program."""
     try:
         hash(fn)
     except TypeError as error:

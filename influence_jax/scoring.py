@@ -51,7 +51,7 @@ def inner_products(
     """Inner products of factors and per-example gradients, `(N, Q)`.
 
     One forward-mode pass per factor, or, of more than a few, one run of each example whose captured inputs and
-    cotangents are contracted with all factors; in neither is a gradient of all parameters formed.
+    cotangents are contracted with all factors; gradients are formed of single layers at most, where that is less work.
     """
     if tree.count(factors) <= DIRECTIONAL:
         return _jacobian_product(objective, params, batch, factors, chunk, rhs_chunk)

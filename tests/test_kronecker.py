@@ -140,6 +140,15 @@ class TestMoments:
         assert op.layers[0].q_in is None
         assert relative_error(ij.to_dense(op), expected) < 1e-12
 
+    def test_a_parameter_that_is_also_used_otherwise(self):
+        """Gradients from elsewhere have a share in the moments, so that a use without effect does not hide them."""
+        predict = lambda p, z: z.x @ (2 * p["w"]) + 0 * (z.x @ p["w"])
+        params, data = {"w": normal(WIDTH, CLASSES)}, random_batch(KEY, 9, WIDTH, CLASSES, classes=False)
+        objective = ij.Objective(predict, half_squared_loss)
+        fisher = ij.trace(ij.EmpiricalFisher(objective, params, data))
+        for method in (ij.kfac, ij.ekfac):
+            assert float(ij.trace(method(objective, params, data, labels="empirical"))) == pytest.approx(float(fisher))
+
     def test_a_parameter_used_both_ways(self):
         """An autoencoder tied to its own transpose: the nearest product of both uses' keeps the trace of their sum."""
         params, data = {"w": normal(WIDTH, CLASSES)}, classified(WIDTH)
@@ -307,6 +316,14 @@ class TestInfluence:
         for part, layer in zip(inverse.by_block.values(), op.layers, strict=True):
             assert float(part.state.damping) == pytest.approx(0.1 * float(jnp.mean(layer.values)), rel=1e-12)
 
+    def test_relative_damping_of_a_leaf_without_effect(self):
+        """It takes the mean of all, and the others' scores are as if it were not there."""
+        case = mlp_case()
+        spare = {**case.params, "unused": jnp.ones(3)}
+        predict = lambda p, z: CLASSIFICATION.predict({k: x for k, x in p.items() if k != "unused"}, z)
+        scores = fitted(plain(predict, spare, case.data), damping=ij.RelativeDamping(0.1))
+        assert relative_error(scores, fitted(case, damping=ij.RelativeDamping(0.1))) < 1e-12
+
     def test_one_fit_serves_a_grid_of_dampings(self):
         case = mlp_case()
         op = jnp.array(2.0) * ij.ekfac(case.objective, case.params, case.data)
@@ -402,6 +419,11 @@ class TestAssembledGaussNewton:
         loss = lambda out, z: jnp.sum(jnp.cos(out * z.y))
         params = {"w": normal(5, 4), "v": normal(4, 3), "scale": normal(3), "unused": normal(2)}
         self.check(ij.Objective(predict, loss), params, random_batch(KEY, 9, 5, 3, classes=False))
+
+    def test_a_leaf_that_a_scan_steps_through(self):
+        predict = lambda p, z: jax.lax.scan(lambda c, s: (jnp.tanh(c * s), None), z.x, p["scales"])[0]
+        objective = ij.Objective(predict, lambda out, z: 0.5 * jnp.sum(out**2))
+        self.check(objective, {"scales": normal(3, 5)}, random_batch(KEY, 9, 5, 3, classes=False))
 
     def test_a_block(self):
         op = ij.GGN(CLASSIFICATION, random_mlp(KEY), random_batch(KEY, 21, 5, 3, classes=True))

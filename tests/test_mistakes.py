@@ -66,7 +66,7 @@ MISTAKES = [
         "true labels of a bare function",
         lambda: ij.kfac(lambda p, z: OBJECTIVE(p, z), PARAMS, BATCH),
         TypeError,
-        ["objective", 'labels="exact"', "Objective(predict, loss)"],
+        ["objective", "labels='exact'", "Objective(predict, loss)", "labels='empirical'"],
     ),
     (
         "exact labels of sequences",
@@ -100,7 +100,25 @@ MISTAKES = [
         "NaN in data for K-FAC",
         lambda: ij.kfac(OBJECTIVE, PARAMS, ij.Batch(BATCH.x.at[0, 0].set(jnp.nan), BATCH.y)),
         ValueError,
-        ["data", "NaN"],
+        ["data", "'x'", "NaN"],
+    ),
+    (
+        "mask of a flat output",
+        lambda: kronecker(mask=lambda z: jnp.ones(3)),
+        ValueError,
+        ["mask", "(3,)", "(3, 1)"],
+    ),
+    (
+        "relative damping of blocks for a solver with one",
+        lambda: ij.invert(kronecker(), ij.CG(ij.RelativeDamping(0.1))),
+        ValueError,
+        ["damping", "each block", "Direct", "Blockwise"],
+    ),
+    (
+        "share of an unknown kind",
+        lambda: ij.coverage(OBJECTIVE, PARAMS, jax.tree.map(lambda x: x[0], BATCH)).share("matrx"),
+        ValueError,
+        ["kinds", "matrx", "matrix"],
     ),
     (
         "coverage of a batch",

@@ -18,7 +18,7 @@ EXAMPLES, LENGTH, WIDTH, VOCABULARY, CLASSES = 3, 5, 8, 11, 4
 
 
 class Case(NamedTuple):
-    """A model with the kinds of its leaves that are not matrices."""
+    """A model, and data for it."""
 
     objective: Any
     params: Any
@@ -225,6 +225,12 @@ def customised(params: dict, example: ij.Batch) -> jax.Array:
     return jax.nn.silu(x @ params["plain"]).mean(0)
 
 
+def promoted_product(x, w):
+    """Of two dtypes, as most users' programs have it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return x @ w
+
+
 def square(number: int, *lead: int) -> jax.Array:
     return normal(*lead, WIDTH, WIDTH, number=number)
 
@@ -286,6 +292,21 @@ ZOO: dict[str, Callable[[], Case]] = {
             "branch": square(7),
             "head": normal(WIDTH, CLASSES, number=8),
         },
+        classified(LENGTH, WIDTH),
+    ),
+    "integers": lambda: plain(
+        lambda p, z: jnp.tanh(promoted_product(z.x, p["w"])) @ p["v"],
+        {"w": square(1), "v": normal(WIDTH, CLASSES, number=2)},
+        ij.Batch(jnp.arange(EXAMPLES * WIDTH, dtype=jnp.uint8).reshape(EXAMPLES, WIDTH) % 5, jnp.arange(EXAMPLES)),
+    ),
+    "complex": lambda: plain(
+        lambda p, z: jnp.abs(promoted_product(jax.lax.complex(z.x, 2 * z.x), p["w"])),
+        {"w": normal(WIDTH, CLASSES, number=1)},
+        classified(WIDTH),
+    ),
+    "nothing": lambda: plain(
+        lambda p, z: (z.x @ p["w"]).sum(0) + (z.x[:0] @ p["w"] + p["b"][None]).sum(0) + (z.x @ p["e"]).sum(),
+        {"w": normal(WIDTH, CLASSES, number=1), "b": normal(CLASSES), "e": normal(WIDTH, 0)},
         classified(LENGTH, WIDTH),
     ),
     "customised": lambda: plain(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import tree
@@ -138,8 +139,8 @@ def analyse(
     """
     leaves, structure = jax.tree.flatten(params)
     parts, layout = jax.tree.flatten(example)
-    shapes = [jax.ShapeDtypeStruct(jax.numpy.shape(x), x.dtype) for x in leaves]
-    inputs = [jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x)) for x in parts]
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]
+    inputs = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in parts]
     flat = lambda params, example: fn(structure.unflatten(params), layout.unflatten(example))
     jaxpr, output = jax.make_jaxpr(flat, return_shape=True)(shapes, inputs)
     reader = _Reader(shapes, exact)
@@ -251,6 +252,9 @@ class _Reader:
         if rule is None or tag.leaf in self.exact or tag.view.repeats:
             return None
         out = equation.outvars[0].aval
+        sizes = (*rule.sizes, rule.positions, *loops)
+        if not jnp.issubdtype(out.dtype, jnp.floating) or 0 in sizes:  # complex numbers, or nothing at all
+            return None
         return Use(tag.leaf, rule, tag.view, loops, jax.ShapeDtypeStruct(out.shape, out.dtype))
 
     def _bias(self, equation: Any, tag: Tag, output: Output) -> bool:

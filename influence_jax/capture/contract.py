@@ -80,8 +80,10 @@ def layer_factors(
 def _of_layer(layer: Layer, inputs: list[Array], outputs: list[Array], live: dict[str, Array]) -> LayerFactors:
     rest = None
     if layer.of_entries or layer.live:
-        flat = layer.matrix({name: live[name].reshape((-1, *live[name].shape[2:])) for name in layer.names})
-        rest = flat.reshape(live[layer.kernel].shape[:2] + flat.shape[1:])
+        lead = live[layer.kernel].shape[:2]
+        merged = lambda leaf: leaf.reshape((lead[0] * lead[1], *leaf.shape[2:]))
+        flat = layer.matrix({name: merged(live[name]) for name in layer.names})
+        rest = flat.reshape(lead + flat.shape[1:])
     if layer.of_entries and rest is not None:  # one input that is always one
         return LayerFactors([Factors(jnp.ones((len(rest), layer.groups, 1, 1), rest.dtype), rest)], None)
     uses = []
@@ -175,7 +177,7 @@ def _use_products(use: Factors, vectors: Array) -> Array:
 
 def moments(
     layer: Layer, factors: LayerFactors, weights: Array, counted: Callable[[int], Array]
-) -> dict[bool, tuple[Array, Array, Array]]:
+) -> dict[str, tuple[Array, Array, Array]]:
     """Second moments of both sides, undivided, summed over positions and cotangents.
 
     Args:
@@ -185,10 +187,16 @@ def moments(
       counted: From a number of positions T to which of them count, `(B, T)`.
 
     Returns:
-      By whether inputs and outputs are exchanged: moments of the matrices' rows and columns, `(G, n, n)`, or `(G, n)`
-      for a side that keeps its basis; and the weight of all positions that count.
+      For uses as they are, `"straight"` or `"exchanged"`: moments of the matrices' rows and columns, `(G, n, n)`, or
+      `(G, n)` for a side that keeps its basis, and the weight of all positions that count.  `"elsewhere"`: of the
+      gradients from elsewhere, products summed over the other side.
     """
-    sums: dict[bool, tuple[Array, Array, Array]] = {}
+    sums: dict[str, tuple[Array, Array, Array]] = {}
+    if factors.rest is not None:
+        rows = "b,bkgio,bkgio->gi" if layer.own_basis[0] else "b,bkgio,bkgjo->gij"
+        columns = "b,bkgio,bkgio->go" if layer.own_basis[1] else "b,bkgio,bkgip->gop"
+        both = (einsum(pattern, weights, factors.rest, factors.rest) for pattern in (rows, columns))
+        sums["elsewhere"] = (*both, jnp.sum(weights))
     for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
         own_in, own_out = layer.own_basis[::-1] if exchanged else layer.own_basis
         positions = counted(use.positions).astype(weights.dtype) * weights[:, None]
@@ -200,8 +208,9 @@ def moments(
         outputs = einsum(pattern, positions, use.outputs, use.outputs)
         rows, columns = (outputs, inputs) if exchanged else (inputs, outputs)
         new = (rows, columns, jnp.sum(positions))
-        known = sums.get(exchanged)
-        sums[exchanged] = new if known is None else (known[0] + new[0], known[1] + new[1], known[2] + new[2])
+        way = "exchanged" if exchanged else "straight"
+        known = sums.get(way)
+        sums[way] = new if known is None else (known[0] + new[0], known[1] + new[1], known[2] + new[2])
     return sums
 
 

@@ -43,6 +43,9 @@ class Coverage:
 
     def share(self, *kinds: str) -> float:
         """Which share of all parameters is in leaves of these kinds."""
+        known = ("matrix", "bias", "block", "diagonal")
+        if not set(kinds) <= set(known):
+            raise ValueError(f"kinds: got {list(kinds)}, expected some of {list(known)}")
         size = lambda leaf: math.prod(leaf.shape)
         return sum(size(leaf) for leaf in self.leaves if leaf.kind in kinds) / max(sum(map(size, self.leaves)), 1)
 

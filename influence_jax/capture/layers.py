@@ -174,6 +174,8 @@ class _Arrangement:
                     break
             else:
                 matrices.append((entries, [(index, False)]))
+        if len(matrices) == 1 and not any(self._view(index).cuts for index in members):
+            return [self._layer(leaf, matrices[0][1])]
         together = np.concatenate([entries.ravel() for entries, _ in matrices])
         if not np.array_equal(np.sort(together), np.arange(math.prod(self.plan.shapes[leaf].shape))):
             self.unfit.add(leaf)

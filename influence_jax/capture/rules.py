@@ -28,7 +28,6 @@ class Linear:
 
     Attributes:
       kind: `"dot"`, `"conv"` or `"gather"`, whose input is the number of a row.
-      operand: Which operand the parameter is; the other one is the input.
       weight: From the parameter to `(G, I, O)`.
       input: From the input to `(G, T, I)`; for gather to `(G, T)`.
       output: From the output to `(G, T, O)`.
@@ -38,7 +37,6 @@ class Linear:
     """
 
     kind: str
-    operand: int
     weight: View
     input: View
     output: View
@@ -74,7 +72,6 @@ def _dot(equation: Any, operand: int) -> Linear:
     out_shape = tuple(equation.outvars[0].aval.shape[axis] for axis in order)
     return Linear(
         "dot",
-        operand,
         _arranged(weight.shape, w_batch + w_in + w_free, (groups, inputs, outputs)),
         _arranged(other.shape, a_batch + a_free + a_in, (groups, positions, inputs)),
         View((Transpose(order), Reshape(out_shape, (groups, positions, outputs)))),
@@ -103,7 +100,6 @@ def _conv(equation: Any, operand: int) -> Linear | None:
     oihw = tuple(kernel.shape[axis] for axis in spec)
     return Linear(
         "conv",
-        1,
         View((Transpose(spec), Reshape(oihw, (groups, outputs, inputs)), Transpose((0, 2, 1)))),
         View(by_group((*places, groups * channels, math.prod(window)), inputs)),
         View((Transpose(order), *by_group((*places, groups * outputs), outputs))),
@@ -146,7 +142,6 @@ def _gather(equation: Any, operand: int) -> Linear | None:
     lookups = tuple(a for a in range(out.ndim) if a not in offset)
     return Linear(
         "gather",
-        0,
         _arranged(table.shape, (axis, *rest), (1, rows, width)),
         View((Reshape(indices.shape, (1, positions)),)),
         _arranged(out.shape, lookups + offset, (1, positions, width)),

@@ -53,12 +53,13 @@ def capture(plan: Plan, params: PyTree, example: PyTree) -> Captured:
         ]
         return [tree.promote(d) for d in arranged], tree.promote(live)
 
-    raw = [canonical_input(use.rule, inputs[index], len(use.loops)) for index, use in enumerate(plan.uses)]
-    return Captured(output, [_wide(_folded(use, x)) for use, x in zip(plan.uses, raw, strict=True)], pull)
+    return Captured(output, [_input(use, inputs[index]) for index, use in enumerate(plan.uses)], pull)
 
 
-def _wide(x: Array) -> Array:
-    return tree.promote(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def _input(use: Use, x: Array) -> Array:
+    """The input of a use `(G, T, I)`, which may be of integers that a product takes as they are."""
+    x = _folded(use, canonical_input(use.rule, x, len(use.loops)))
+    return x if use.rule.kind == "gather" else tree.promote(x.astype(use.output.dtype))
 
 
 def _folded(use: Use, x: Array) -> Array:

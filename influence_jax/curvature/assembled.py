@@ -54,7 +54,7 @@ def _assembled(op: GGN) -> Array | None:
 
 def _used_once(plan: Plan, layer: Layer) -> bool:
     if layer.of_entries:
-        return True
+        return layer.groups == 1
     uses = [plan.uses[index] for index, _ in layer.uses]
     simple = len(uses) == 1 and uses[0].rule.kind == "dot" and uses[0].positions == 1
     return simple and layer.groups == 1 and not layer.live

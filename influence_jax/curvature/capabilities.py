@@ -250,7 +250,7 @@ def wide_dtype(space: PyTree) -> np.dtype:
 
 def symmetric(matrix: Array) -> Array:
     """The symmetric part, which removes what rounding broke."""
-    return 0.5 * (matrix + matrix.T)
+    return 0.5 * (matrix + matrix.swapaxes(-1, -2))
 
 
 @jax.jit

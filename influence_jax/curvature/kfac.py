@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import tree
 from .._typing import Array, Key, LossFunction, PyTree
-from ..batching import as_batch, check_key, check_positive, chunk_in_cache
+from ..batching import as_batch, check_finite, check_key, check_positive, chunk_in_cache
 from ..capture import (
     MAX_SIDE,
     Layer,
@@ -27,11 +27,11 @@ from ..capture import (
     rotated,
     squares,
 )
-from ..objective import LossOnly, Objective, as_objective, floating_output
+from ..objective import LossOnly, Objective, as_objective, check_hashable, floating_output
+from .capabilities import symmetric
 from .exact import EmpiricalFisher, divide, sum_over_data
 from .fisher import Keyed, drawn_cotangents, vector_square_root
 from .kronecker import Kronecker, KroneckerLayer
-from .outputs import require_split
 
 LABELS = ("exact", "sampled", "empirical")
 Mask = Callable[[PyTree], Array]
@@ -153,25 +153,37 @@ def _checked_fit(
 ) -> Kronecker:
     if labels not in LABELS:
         raise ValueError(f"labels: got {labels!r}, expected one of {list(LABELS)}")
-    if labels != "empirical":
-        require_split(as_objective(objective), f'labels="{labels}"')
+    if labels != "empirical" and not isinstance(as_objective(objective), Objective):
+        raise TypeError(
+            f"objective: labels={labels!r} got the bare function {objective!r}, expected an Objective(predict, loss), "
+            "because labels are drawn from the model's output; or pass labels='empirical', those of the data"
+        )
     if mask is not None and not callable(mask):
         raise TypeError(f"mask: got {mask!r}, expected a function mask(example) -> (T,), or None")
+    check_hashable(mask, "mask")
     check_positive(max_side, "max_side")
     data, keys = as_batch(data, "data"), cast(Key, None)  # only drawn labels look at keys
     if labels == "sampled":
         keys = jax.random.split(check_key(key, 'labels="sampled" draws labels from the model'), tree.count(data))
     op = EmpiricalFisher(objective, params, Keyed(data, keys), weights=weights, chunk=chunk)
     curvature = _fit(op, labels, mask, max_side, corrected)
+    if not _finite(curvature):
+        check_finite(op.params, "params")
+        check_finite(data, "data")
     _check(curvature, labels)
     return curvature
+
+
+def _finite(curvature: Kronecker) -> bool:
+    """Whether all eigenvalues are, as far as is known on the host."""
+    values = [layer.values for layer in curvature.layers if not isinstance(layer.values, jax.core.Tracer)]
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in values)
 
 
 def _check(curvature: Kronecker, labels: str) -> None:
     """Raise, on the host, if a layer's curvature is not finite, naming the layer."""
     for layer in curvature.layers:
-        values = layer.values
-        if not isinstance(values, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(values))):
+        if not _finite(Kronecker(curvature.params, (layer,))):
             why = (
                 "the loss of an example may not be convex in the output, use labels='empirical'; or "
                 if labels == "exact"
@@ -250,7 +262,7 @@ def _masked(cotangents: PyTree, out: PyTree, mask: Mask | None, example: PyTree)
 
 
 def _positions(mask: Mask, example: PyTree) -> Array:
-    counts = jnp.asarray(mask(example))
+    counts = jnp.asarray(mask(example)).astype(bool)
     if counts.ndim != 1:
         raise ValueError(f"mask: returned shape {counts.shape} for one example, expected (T,), one entry per position")
     return counts
@@ -261,6 +273,11 @@ def _check_mask(mask: Mask, plan: Plan, example: PyTree) -> None:
     (length,) = jax.eval_shape(partial(_positions, mask), example).shape
     positions = {use.positions for use in plan.uses}
     positions |= {leaf.shape[0] for leaf in jax.tree.leaves(plan.output) if leaf.ndim > 1}
+    if any(leaf.shape == (length,) for leaf in jax.tree.leaves(plan.output)):
+        raise ValueError(
+            f"mask: the output of shape ({length},) may have an entry for each position, or be something else of that "
+            f"length; give positions an axis of their own, an output of shape ({length}, 1)"
+        )
     if length not in positions:
         raise ValueError(
             f"mask: returned {length} entries for one example, but the model's layers and outputs have "
@@ -278,8 +295,14 @@ def _counted(mask: Mask | None, examples: PyTree, positions: int) -> Array:
     return jnp.ones((count, positions), bool)
 
 
-def _eigenbasis(layer: Layer, sums: dict[bool, tuple[Array, Array, Array]]) -> KroneckerLayer:
+def _eigenbasis(layer: Layer, sums: dict[str, tuple[Array, Array, Array]]) -> KroneckerLayer:
     """Eigenvectors of both sides' moments, and products of their eigenvalues."""
+    sums = {way: (rows, columns, jnp.where(count > 0, count, 1)) for way, (rows, columns, count) in sums.items()}
+    if "elsewhere" in sums:  # both sides are sums over the other: of one of them the trace is enough
+        rows, columns, count = sums["elsewhere"]
+        trace = _traces(columns)
+        scale = jnp.where(trace > 0, trace, 1).reshape((-1,) + (1,) * (columns.ndim - 1))
+        sums["elsewhere"] = (rows, columns / scale * count.astype(columns.dtype), count)
     means = [
         (rows / count.astype(rows.dtype), columns / count.astype(rows.dtype)) for rows, columns, count in sums.values()
     ]
@@ -322,10 +345,10 @@ def _eigh(moment: Array) -> tuple[Array, Array]:
     Single precision turns the many small eigenvectors into each other, which moved scores by 1e-4 for a side of 256.
     """
     if jax.default_backend() == "tpu":
-        values, vectors = jnp.linalg.eigh(_symmetric(moment))
+        values, vectors = jnp.linalg.eigh(symmetric(moment))
         return vectors, values
     with jax.enable_x64(True):
-        values, vectors = jnp.linalg.eigh(_symmetric(moment.astype(np.float64)))
+        values, vectors = jnp.linalg.eigh(symmetric(moment.astype(np.float64)))
         return vectors.astype(moment.dtype), values.astype(moment.dtype)
 
 
@@ -333,13 +356,8 @@ def _eigh(moment: Array) -> tuple[Array, Array]:
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """In the precision of the moment; equal eigenvalues, whose vectors are arbitrary, do not turn into each other."""
     vectors, values = _eigh(*primals)
-    inner = einsum("gji,gjk,gkl->gil", vectors, _symmetric(tangents[0]), vectors).astype(values.dtype)
+    inner = einsum("gji,gjk,gkl->gil", vectors, symmetric(tangents[0]), vectors).astype(values.dtype)
     gaps = values[:, None, :] - values[:, :, None]
     turn = jnp.where(gaps == 0, 0, inner / jnp.where(gaps == 0, 1, gaps))
     moved = einsum("gij,gjk->gik", vectors, turn).astype(vectors.dtype)
     return (vectors, values), (moved, jnp.diagonal(inner, axis1=1, axis2=2))
-
-
-def _symmetric(moment: Array) -> Array:
-    """Of matrices `(G, n, n)`, without what rounding added."""
-    return (moment + moment.swapaxes(1, 2)) / np.asarray(2, moment.dtype)

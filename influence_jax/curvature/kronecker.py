@@ -60,7 +60,7 @@ class Kronecker(LinearOperator):
     r"""Block-diagonal curvature with a Kronecker-factored eigenbasis in every block; made by `kfac` and `ekfac`.
 
     Its eigendecomposition is known, so `Direct` and `Eigh` solve in closed form, at any damping, and a
-    `RelativeDamping` is relative to the mean eigenvalue of each block.
+    `RelativeDamping` is relative to the mean eigenvalue of each block, or of all for a block that has no curvature.
 
     Attributes:
       params: Defines the space.

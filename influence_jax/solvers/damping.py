@@ -14,7 +14,7 @@ import numpy as np
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import check_positive
-from ..curvature import LinearOperator, trace
+from ..curvature import LinearOperator, diagonal_blocks, trace
 from ..curvature.capabilities import wide_dtype
 
 
@@ -92,6 +92,11 @@ def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator
     dtype = wide_dtype(op.space)
     if not isinstance(damping, RelativeDamping):
         return jnp.asarray(damping, dtype)
+    if len(diagonal_blocks(op)) > 1:
+        raise ValueError(
+            f"damping: got {damping!r}, relative to the mean eigenvalue of each block of {op!r}, for a solver with one "
+            "damping for all; use Direct, or Blockwise(solver)"
+        )
     mean = (trace(op, key=key) / op.size).astype(dtype)
     # Under tracing nothing can raise: NaN turns into `converged=False`, and `invert` raises for it on the host.
     return jnp.where(mean > 0, jnp.asarray(damping.factor, dtype) * mean, jnp.nan)

@@ -14,7 +14,18 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
-from ..curvature import LinearOperator, LowRank, Unsupported, diagonal_blocks, restrict, shifted, spectral, to_dense
+from ..curvature import (
+    LinearOperator,
+    LowRank,
+    Unsupported,
+    diagonal_blocks,
+    restrict,
+    shifted,
+    spectral,
+    to_dense,
+    trace,
+)
+from ..curvature.capabilities import wide_dtype
 from .base import Inverse, Solver, implicit_solve
 from .damping import RelativeDamping, check_damping, redamp, resolve_damping
 from .info import Info
@@ -161,9 +172,15 @@ def is_blocked(op: LinearOperator) -> bool:
 
 
 def _dampings(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> OrderedDict[str, Array]:
-    """The absolute damping of each block."""
-    groups = diagonal_blocks(op)
-    return OrderedDict((name, resolve_damping(damping, restrict(op, block), key)) for name, block in groups.items())
+    """The absolute damping of each block; relative to the mean of all for a block that has no curvature."""
+    parts = OrderedDict((name, restrict(op, block)) for name, block in diagonal_blocks(op).items())
+    if not isinstance(damping, RelativeDamping):
+        return OrderedDict((name, resolve_damping(damping, part, key)) for name, part in parts.items())
+    traces = {name: trace(part) for name, part in parts.items()}
+    mean = jnp.sum(jnp.stack(list(traces.values()))) / op.size
+    means = {name: jnp.where(traces[name] == 0, mean, traces[name] / part.size) for name, part in parts.items()}
+    positive = lambda x: jnp.where(x > 0, damping.factor * x, jnp.nan).astype(wide_dtype(op.space))
+    return OrderedDict((name, positive(x)) for name, x in means.items())
 
 
 def _redamp(solver: Any, state: SpectralState | BlocksState, damping: Any, key: Key | None) -> tuple[Any, Any]:
