@@ -175,6 +175,11 @@ def test_b14_dead_inputs_without_damping():
     with pytest.warns(ij.ConvergenceWarning, match="did not converge"):
         factors = ij.Influence(objective, params, ij.invert(curvature, ij.Direct(0.0))).influence_factors(query)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(factors))
+    both = {**params, "turn": jax.random.normal(jax.random.key(8), (4, 4))}
+    deep = ij.Objective(lambda p, z: z.x @ p["turn"] @ p["kernel"] + p["bias"], helpers.cross_entropy)
+    influence = ij.Influence(deep, both, ij.invert(ij.ekfac(deep, both, data), ij.Direct(0.0)))
+    with pytest.warns(ij.ConvergenceWarning, match="in block 'turn'"):
+        influence.influence_factors(query)
     influence = ij.Influence(objective, params, ij.invert(curvature, ij.Direct(1e-8)), throw=True)
     assert bool(jnp.all(jnp.isfinite(influence.influences(query, data))))
 

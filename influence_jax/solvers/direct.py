@@ -205,7 +205,10 @@ def _solve_blocks(state: BlocksState, V: PyTree) -> tuple[PyTree, Info]:
     none = jnp.zeros_like(next(iter(state.dampings.values())))
     damped = shifted(state.op, state.dampings)
     fixed = lax.stop_gradient(damped)
-    return implicit_solve(damped, none, V, lambda B: spectral_solve(SpectralState(fixed, none, fixed, none), B))
+    X, info = implicit_solve(damped, none, V, lambda B: spectral_solve(SpectralState(fixed, none, fixed, none), B))
+    parts = [jax.tree.leaves(spectral(restrict(fixed, block)).values) for block in diagonal_blocks(fixed).values()]
+    lowest = jnp.stack([jnp.min(jnp.stack([jnp.min(jnp.abs(x)) for x in leaves])) for leaves in parts])
+    return X, info._replace(block=jnp.broadcast_to(jnp.argmin(lowest).astype(jnp.int32), info.block.shape))
 
 
 def has_spectral(op: LinearOperator) -> bool:
