@@ -195,8 +195,8 @@ def moments(
     if factors.rest is not None:
         rows = "b,bkgio,bkgio->gi" if layer.own_basis[0] else "b,bkgio,bkgjo->gij"
         columns = "b,bkgio,bkgio->go" if layer.own_basis[1] else "b,bkgio,bkgip->gop"
-        both = (einsum(pattern, weights, factors.rest, factors.rest) for pattern in (rows, columns))
-        sums["elsewhere"] = (*both, jnp.sum(weights))
+        squared = lambda pattern: einsum(pattern, weights, factors.rest, factors.rest)
+        sums["elsewhere"] = (squared(rows), squared(columns), jnp.sum(weights))
     for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
         own_in, own_out = layer.own_basis[::-1] if exchanged else layer.own_basis
         positions = counted(use.positions).astype(weights.dtype) * weights[:, None]

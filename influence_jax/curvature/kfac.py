@@ -158,9 +158,10 @@ def _checked_fit(
             f"objective: labels={labels!r} got the bare function {objective!r}, expected an Objective(predict, loss), "
             "because labels are drawn from the model's output; or pass labels='empirical', those of the data"
         )
-    if mask is not None and not callable(mask):
-        raise TypeError(f"mask: got {mask!r}, expected a function mask(example) -> (T,), or None")
-    check_hashable(mask, "mask")
+    if mask is not None:
+        if not callable(mask):
+            raise TypeError(f"mask: got {mask!r}, expected a function mask(example) -> (T,), or None")
+        check_hashable(mask, "mask")
     check_positive(max_side, "max_side")
     data, keys = as_batch(data, "data"), cast(Key, None)  # only drawn labels look at keys
     if labels == "sampled":

@@ -208,7 +208,7 @@ def _solve_blocks(state: BlocksState, V: PyTree) -> tuple[PyTree, Info]:
     X, info = implicit_solve(damped, none, V, lambda B: spectral_solve(SpectralState(fixed, none, fixed, none), B))
     parts = [jax.tree.leaves(spectral(restrict(fixed, block)).values) for block in diagonal_blocks(fixed).values()]
     lowest = jnp.stack([jnp.min(jnp.stack([jnp.min(jnp.abs(x)) for x in leaves])) for leaves in parts])
-    return X, info._replace(block=jnp.broadcast_to(jnp.argmin(lowest).astype(jnp.int32), info.block.shape))
+    return X, info._replace(block=jnp.broadcast_to(jnp.argmin(lowest).astype(jnp.int32), info.converged.shape))
 
 
 def has_spectral(op: LinearOperator) -> bool:
