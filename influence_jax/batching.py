@@ -98,6 +98,16 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
     """Check a batch and turn its leaves into JAX arrays.
 
     Raises:
+      TypeError, ValueError: As `check_batch`.
+    """
+    check_batch(batch, name)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def check_batch(batch: PyTree, name: str) -> None:
+    """Raise unless it is a batch of numbers that JAX can hold.
+
+    Raises:
       TypeError: If a leaf is not an array of numbers, or is float64 while 64-bit mode is off.
       ValueError: As `batch_size`.
     """
@@ -112,7 +122,6 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
                 f"{name}: leaf '{path}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast it "
                 "with .astype(numpy.float32) or run under jax.enable_x64(True)"
             )
-    return jax.tree.map(jnp.asarray, batch)
 
 
 def check_finite(values: PyTree, name: str) -> None:
@@ -124,8 +133,11 @@ def check_finite(values: PyTree, name: str) -> None:
     for path, leaf in tree.named_leaves(values):
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is counted now
-            bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
+        if isinstance(leaf, np.ndarray):
+            bad = leaf.size - int(np.count_nonzero(np.isfinite(leaf)))
+        else:
+            with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is counted now
+                bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
         if bad:
             raise ValueError(
                 f"{name}: leaf '{path}' holds {bad} entries that are NaN or infinite, expected finite numbers"

@@ -195,3 +195,22 @@ def freeze_rest(params: PyTree, block: Block, frozen: Frozen | None) -> tuple[di
     if frozen is None:
         return select(params, block), Frozen(rest, tuple(leaves), jax.tree.structure(params))
     return select(params, block), Frozen({**frozen.leaves, **rest}, frozen.names, frozen.structure)
+
+
+def is_by_block(factors: PyTree, params: PyTree) -> bool:
+    """Whether factors are a dict by block, rather than a tree shaped like the parameters."""
+    if jax.tree.structure(factors) == jax.tree.structure(params) or not isinstance(factors, Mapping):
+        return False
+    names = {name for name, _ in tree.named_leaves(params)}
+    return all(isinstance(part, Mapping) and names.issuperset(part) for part in factors.values())
+
+
+def join_whole(factors: Mapping[str, PyTree], params: PyTree) -> PyTree:
+    """Factors by block as one tree, checked to hold every leaf once."""
+    if not isinstance(factors, Mapping) or not all(isinstance(part, Mapping) for part in factors.values()):
+        raise TypeError("factors: expected {block: {leaf name: array}}, as influence_factors_by_block returns")
+    got = sorted(name for part in factors.values() for name in part)
+    expected = sorted(name for name, _ in tree.named_leaves(params))
+    if got != expected:
+        raise ValueError(f"factors: got the leaves {got}, expected each of {expected} once")
+    return join(factors, params)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import stream, tree
+from . import tree
 from ._progress import track
 from ._typing import Array, Key, LossFunction, PyTree
 from .curvature import Hessian, Identity, LinearOperator
@@ -22,6 +22,7 @@ from .objective import LossOnly, Objective
 from .solvers import Arnoldi, BlockCG, Direct, Info, LiSSA, Solver, invert, report
 from .solvers.base import check_solver
 from .solvers.damping import check_number
+from .stream.loaders import batches, count_batches, gather
 
 InfluenceType = InfluenceMode
 Loss = Objective | LossOnly | LossFunction
@@ -91,13 +92,11 @@ def compute_influence_factors(
     solver = as_solver(inversion_method, hessian_perturbation, params, "hessian_perturbation")
     if not callable(curvature):
         raise TypeError(f"curvature: got {curvature!r}, expected a function such as influence_jax.GGN, not called yet")
-    op = curvature(objective, params, stream.gather(training_data, "training_data"))
+    op = curvature(objective, params, gather(training_data, "training_data"))
     inverse = invert(op, solver, key=key)
     influence = Influence(objective, params, inverse)
     results = []
-    for query in track(
-        stream.batches(test_data, "test_data"), "test batches", stream.count_batches(test_data), show=progress
-    ):
+    for query in track(batches(test_data, "test_data"), "test batches", count_batches(test_data), show=progress):
         factors, info = _factors(influence, query)
         report(info, inverse, throw)
         results.append((factors, info))
@@ -260,9 +259,7 @@ def _from_factors(
     influence = Influence(objective, params, Identity(params))
     parts = [
         influence.influences_from_factors(factors, batch, mode, wrt=wrt)
-        for batch in track(
-            stream.batches(input_data, "input_data"), "input batches", stream.count_batches(input_data), show=progress
-        )
+        for batch in track(batches(input_data, "input_data"), "input batches", count_batches(input_data), show=progress)
     ]
     if not parts:
         raise ValueError("input_data: is empty, expected at least one batch")

@@ -18,7 +18,7 @@ from . import tree
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_positive, chunk_for, map_chunks
-from .blocks import Block, Blocks, join, partition, select
+from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
 from .curvature import Identity, LinearOperator
 from .curvature.outputs import require_split
 from .gradients import _per_example_grads, check_wrt
@@ -119,7 +119,7 @@ class Influence:
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
             return self._perturbed(self._solved(query), train, wrt)
-        if tree.count(train) < tree.count(query) and self.inverse.symmetric:
+        if tree.count(train) < tree.count(query) and self.inverse.symmetric and not self.inverse.on_host:
             scores, info = _up_from_train(self, query, train)
             report(info, self.inverse, self.throw)
             return scores
@@ -137,9 +137,15 @@ class Influence:
         return self._solved(as_batch(query, "query"))
 
     def _solved(self, query: PyTree) -> PyTree:
-        factors, info = _factors(self, query)
+        factors, info = self.solved(query)
         report(info, self.inverse, self.throw)
         return factors
+
+    def solved(self, query: PyTree) -> tuple[PyTree, Info | None]:
+        """`influence_factors`, and how the solves went instead of warnings."""
+        if not self.inverse.on_host:
+            return _factors(self, query)
+        return solve_with_info(self.inverse, _query_grads(self, query))
 
     def influences_from_factors(
         self, factors: PyTree, train: PyTree, mode: str | InfluenceMode = "up", *, wrt: str | int = "x"
@@ -159,8 +165,8 @@ class Influence:
           ValueError: If the factors are not a stack of parameter-shaped trees, or as `influences`.
           TypeError: If the perturbed part is not floating.
         """
-        if self._is_by_block(factors):
-            factors = self._joined(factors)
+        if is_by_block(factors, self.params):
+            factors = join_whole(factors, self.params)
         tree.check_stack(factors, self.params, "factors")
         train, mode = as_batch(train, "train"), as_mode(mode)
         if mode is InfluenceMode.Up:
@@ -244,7 +250,7 @@ class Influence:
           TypeError: If the factors are not a dict by block.
           ValueError: As `influences_from_factors`.
         """
-        self._joined(factors)
+        join_whole(factors, self.params)
         return OrderedDict(
             (name, self._on(tuple(part)).influences_from_factors(dict(part), train, mode, wrt=wrt))
             for name, part in factors.items()
@@ -280,23 +286,6 @@ class Influence:
             return OrderedDict(parts)
         factors = self.influence_factors_by_block(query, blocks=blocks)
         return self.influences_from_factors_by_block(factors, train, mode, wrt=wrt)
-
-    def _is_by_block(self, factors: PyTree) -> bool:
-        """Whether factors are a dict by block, rather than a tree shaped like the parameters."""
-        if jax.tree.structure(factors) == jax.tree.structure(self.params) or not isinstance(factors, Mapping):
-            return False
-        names = {name for name, _ in tree.named_leaves(self.params)}
-        return all(isinstance(part, Mapping) and names.issuperset(part) for part in factors.values())
-
-    def _joined(self, factors: Mapping[str, PyTree]) -> PyTree:
-        """Factors by block as one tree, checked to hold every leaf once."""
-        if not isinstance(factors, Mapping) or not all(isinstance(part, Mapping) for part in factors.values()):
-            raise TypeError("factors: expected {block: {leaf name: array}}, as influence_factors_by_block returns")
-        got = sorted(name for part in factors.values() for name in part)
-        expected = sorted(name for name, _ in tree.named_leaves(self.params))
-        if got != expected:
-            raise ValueError(f"factors: got the leaves {got}, expected each of {expected} once")
-        return join(factors, self.params)
 
     def self_influences(self, batch: PyTree) -> Array:
         r"""Influence of each example on itself, $\nabla\ell_i^\top P \nabla\ell_i$; high for mislabelled examples.
@@ -365,8 +354,12 @@ class Influence:
 
 @jax.jit
 def _factors(influence: Influence, query: PyTree) -> tuple[PyTree, Info | None]:
-    grads = _per_example_grads(influence.asked, influence.params, query, influence.chunk)
-    return solve_with_info(influence.inverse, tree.promote(grads))
+    return solve_with_info(influence.inverse, _query_grads(influence, query))
+
+
+@jax.jit
+def _query_grads(influence: Influence, query: PyTree) -> PyTree:
+    return tree.promote(_per_example_grads(influence.asked, influence.params, query, influence.chunk))
 
 
 @jax.jit

@@ -29,6 +29,11 @@ class Keyed(NamedTuple):
     key: Key
 
 
+def example_keys(key: Key, start: int, count: int) -> Key:
+    """A key for each of the examples from `start` on, which depends on its place in the data only."""
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(start + jnp.arange(count, dtype=jnp.uint32))
+
+
 @dataclass
 class Fisher(OverData):
     r"""Monte-Carlo Fisher matrix, $\hat F = \frac{1}{\sum w}\sum_i w_i \frac1S\sum_s J_i^\top u_{is}u_{is}^\top J_i$.
@@ -69,7 +74,7 @@ class Fisher(OverData):
         if self.key is not None or not isinstance(self.data, Keyed):
             key = check_key(self.key, "Fisher draws labels; in a recipe write functools.partial(Fisher, key=...)")
             examples = self.data.example if isinstance(self.data, Keyed) else self.data
-            set_field(self, "data", Keyed(examples, jax.random.split(key, batch_size(examples, "data"))))
+            set_field(self, "data", Keyed(examples, example_keys(key, 0, batch_size(examples, "data"))))
         set_field(self, "key", None)
         OverData.__post_init__(self)
         require_split(as_objective(self.objective), "Fisher")

@@ -134,6 +134,11 @@ class LinearOperator(abc.ABC):
         return True
 
     @property
+    def on_host(self) -> bool:
+        """Whether its products read data from outside, so that they cannot be part of a compiled program."""
+        return False
+
+    @property
     def size(self) -> int:
         """Number of parameters."""
         return tree.size(self.space)
@@ -210,6 +215,10 @@ class Sum(LinearOperator):
         return all(term.symmetric for term in self.terms)
 
     @property
+    def on_host(self) -> bool:
+        return any(term.on_host for term in self.terms)
+
+    @property
     def rhs_chunk(self) -> int | None:
         chunks = [term.rhs_chunk for term in self.terms if term.rhs_chunk is not None]
         return min(chunks, default=None)
@@ -249,6 +258,10 @@ class Scaled(LinearOperator):
     @property
     def symmetric(self) -> bool:
         return self.op.symmetric
+
+    @property
+    def on_host(self) -> bool:
+        return self.op.on_host
 
     @property
     def rhs_chunk(self) -> int | None:

@@ -16,6 +16,7 @@ from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import check_key, check_positive
 from .capabilities import wide_dtype
+from .loops import fori_loop
 from .operator import LinearOperator
 
 
@@ -57,26 +58,12 @@ def lanczos(
     """
     dtype, size = wide_dtype(space), tree.size(space)
     keys = jax.random.split(key, steps + 1)
-    fresh = lambda k: tree.unflatten(jax.random.normal(k, (size,), dtype), space)
-    norm = lambda v: jnp.sqrt(tree.dot(v, v))
 
     def step(index: Array, carry: tuple) -> tuple:
-        basis, matrix, q, scale = carry
-        basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), basis, q)
-        product = tree.promote(mv(q))
-        rest, coefficients = _orthogonal(basis, product)
-        matrix = matrix.at[index].set(coefficients)
-        scale = jnp.maximum(scale, norm(product))
-        beta = norm(rest)
-        exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
-        another = lambda: _orthogonal(basis, fresh(keys[index + 1]))[0]
-        rest = lax.cond(exhausted, another, lambda: rest)
-        length = norm(rest)
-        q = tree.scale(1 / jnp.where(length > 0, length, 1), rest)
-        return basis, matrix, q, scale, jnp.where(exhausted, 0, beta)
+        return _extended(index, carry, tree.promote(mv(carry[2])), keys[index + 1])
 
-    start = fresh(keys[0])
-    start = tree.scale(1 / norm(start), start)
+    start = tree.unflatten(jax.random.normal(keys[0], (size,), dtype), space)
+    start = tree.scale(1 / _norm(start), start)
     basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), start)
     carry = (basis, jnp.zeros((steps, steps), dtype), start, jnp.zeros((), dtype), jnp.zeros((), dtype))
     basis, matrix, _, _, beta = fori_loop(0, steps, lambda i, c: step(i, c[:4]), carry)
@@ -84,6 +71,28 @@ def lanczos(
     lower = jnp.tril(matrix, -1)
     values, vectors = jnp.linalg.eigh(lower + lower.T + jnp.diag(jnp.diag(matrix)))
     return Krylov(values, tree.combine(vectors.T, basis), jnp.abs(beta * vectors[-1]), vectors[0])
+
+
+def _norm(vector: PyTree) -> Array:
+    return jnp.sqrt(tree.dot(vector, vector))
+
+
+@jax.jit
+def _extended(index: Array, carry: tuple, product: PyTree, key: Key) -> tuple:
+    """One more direction: the basis with q in row `index`, the matrix with its products, and the next q."""
+    basis, matrix, q, scale = carry
+    basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), basis, q)
+    rest, coefficients = _orthogonal(basis, product)
+    matrix = matrix.at[index].set(coefficients)
+    scale = jnp.maximum(scale, _norm(product))
+    beta, dtype = _norm(rest), matrix.dtype
+    size = tree.size(product)
+    exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
+    fresh = lambda: tree.unflatten(jax.random.normal(key, (size,), dtype), product)
+    rest = lax.cond(exhausted, lambda: _orthogonal(basis, fresh())[0], lambda: rest)
+    length = _norm(rest)
+    q = tree.scale(1 / jnp.where(length > 0, length, 1), rest)
+    return basis, matrix, q, scale, jnp.where(exhausted, 0, beta)
 
 
 def _orthogonal(basis: PyTree, vector: PyTree) -> tuple[PyTree, Array]:
@@ -212,13 +221,18 @@ def spectrum(op: LinearOperator, steps: int = 60, *, key: Key, probes: int = 1) 
     check_positive(steps, "steps")
     check_positive(probes, "probes")
     check_key(key, "spectrum starts from random vectors")
-    return _spectrum(op, min(steps, op.size), jax.random.split(key, probes))
+    steps, keys = min(steps, op.size), jax.random.split(key, probes)
+    if op.on_host:
+        found = [_probe(op, steps, key) for key in keys]
+        return Spectrum(*(jnp.stack(parts) for parts in zip(*found, strict=True)), size=op.size)
+    return _spectrum(op, steps, keys)
 
 
 @partial(jax.jit, static_argnames="steps")
 def _spectrum(op: LinearOperator, steps: int, keys: Key) -> Spectrum:
-    def probe(key: Key) -> tuple[Array, Array, Array]:
-        krylov = lanczos(op.mv, op.space, steps, key)
-        return krylov.values, krylov.first**2, krylov.residuals
+    return Spectrum(*lax.map(partial(_probe, op, steps), keys), size=op.size)
 
-    return Spectrum(*lax.map(probe, keys), size=op.size)
+
+def _probe(op: LinearOperator, steps: int, key: Key) -> tuple[Array, Array, Array]:
+    krylov = lanczos(op.mv, op.space, steps, key, fori_loop=fori_loop(op))
+    return krylov.values, krylov.first**2, krylov.residuals

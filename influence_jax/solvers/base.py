@@ -72,7 +72,10 @@ def implicit_solve(
     """Run `solve(V)` with the derivatives of the exact solution.
 
     Derivatives in damping, parameters, weights and V are one more solve; nothing inside `solve` is differentiated.
+    An operator that reads data from outside has no derivatives.
     """
+    if op.on_host:
+        return solve(tree.promote(V))
     return lax.custom_linear_solve(
         lambda X: damped_product(op, damping, X), tree.promote(V), lambda _, B: solve(B), symmetric=True, has_aux=True
     )
@@ -117,7 +120,7 @@ class Inverse(LinearOperator):
           ValueError: If `v` is not shaped like the parameters.
         """
         tree.check_vector(v, self.space, "v")
-        return _solve(self.solver, self.state, v)
+        return self.solver.apply(self.state, v) if self.on_host else _solve(self.solver, self.state, v)
 
     def solve_many(self, V: PyTree) -> tuple[PyTree, Info]:
         """Solutions for a stack, leaves `(K, *leaf)`; Info leaves `(K,)`.
@@ -126,6 +129,8 @@ class Inverse(LinearOperator):
           ValueError: If `V` is not a stack of vectors shaped like the parameters.
         """
         tree.check_stack(V, self.space, "V")
+        if self.on_host:
+            return _solution(self.solver, self.state, V)
         return _solve_many(self.solver, self.state, V)
 
     def with_damping(self, damping: float | Array | RelativeDamping, *, key: Key | None = None) -> Inverse:
@@ -181,6 +186,10 @@ class Inverse(LinearOperator):
         """Whether the solver's map is self-adjoint."""
         return self.solver.symmetric
 
+    @property
+    def on_host(self) -> bool:
+        return self.op.on_host
+
     def __repr__(self) -> str:
         return f"Inverse({self.op!r}, {self.solver!r})"
 
@@ -222,7 +231,7 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
     check_solver(solver)
     if key is not None:
         check_key(key, "solvers and dampings may draw random numbers")
-    state = _init(solver, op, key)
+    state = solver.init(op, key=key) if op.on_host else _init(solver, op, key)
     check_resolved(solver, state, op)
     return Inverse(op, solver, state)
 
@@ -258,5 +267,9 @@ def _solve(solver: Solver, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
 
 @jax.jit
 def _solve_many(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+    return _solution(solver, state, V)
+
+
+def _solution(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
     X, info = solver.apply_many(state, V)
     return X, Info(*(jnp.broadcast_to(field, info.converged.shape) for field in info))

@@ -15,6 +15,7 @@ from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import check_positive, map_chunks
 from ..curvature import LinearOperator
+from ..curvature.loops import while_loop
 from .base import Solver, implicit_solve
 from .damping import RelativeDamping, check_iteration, damped_product, redamp, resolve_damping
 from .info import Info, solved
@@ -69,7 +70,16 @@ class BlockCG(Solver):
     def apply_many(self, state: BlockCGState, V: PyTree) -> tuple[PyTree, Info]:
         fixed, rtol, atol = lax.stop_gradient((state, self.rtol, self.atol))
         mm = partial(damped_product, fixed.op, fixed.damping)
-        solve = partial(block_conjugate_gradients, mm, rtol=rtol, atol=atol, max_steps=self.max_steps)
+        solve = partial(
+            block_conjugate_gradients,
+            mm,
+            rtol=rtol,
+            atol=atol,
+            max_steps=self.max_steps,
+            while_loop=while_loop(fixed.op),
+        )
+        if fixed.op.on_host:  # where a product reads all data, the right-hand sides share it
+            return solve(tree.promote(V))
         return implicit_solve(state.op, state.damping, V, lambda B: map_chunks(solve, B, chunk=self.block_size))
 
     def with_damping(self, state: BlockCGState, damping: Any, *, key: Key | None = None) -> tuple[Any, BlockCGState]:

@@ -15,6 +15,7 @@ from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator
+from ..curvature.loops import while_loop
 from .base import Solver, implicit_solve
 from .damping import RelativeDamping, check_iteration, damped_product, redamp, resolve_damping
 from .info import Info, solved
@@ -90,6 +91,7 @@ class CG(Solver):
                 rtol=lax.stop_gradient(self.rtol),
                 atol=lax.stop_gradient(self.atol),
                 max_steps=self.max_steps,
+                while_loop=while_loop(fixed.op),
             )
 
         return implicit_solve(state.op, state.damping, V, solve)

@@ -16,6 +16,7 @@ from .._typing import Array, Key, PyTree
 from ..batching import check_key, check_positive
 from ..curvature import LinearOperator, minibatch
 from ..curvature.capabilities import wide_dtype
+from ..curvature.loops import fori_loop, while_loop
 from ..curvature.operator import Scaled, Sum
 from .base import Solver, implicit_solve
 from .damping import (
@@ -154,7 +155,7 @@ class LiSSA(Solver):
             )
 
         start = _Chain(B, norm > 0, jnp.zeros(norm.shape, jnp.int32), jnp.zeros((), jnp.int32))
-        end = lax.while_loop(lambda it: jnp.any(it.going) & (it.step < self.depth), step, start)
+        end = while_loop(state.op)(lambda it: jnp.any(it.going) & (it.step < self.depth), step, start)
         return tree.scale(inverse_scale, end.h), end.steps
 
     def with_damping(self, state: LissaState, damping: Any, *, key: Key | None = None) -> tuple[LiSSA, LissaState]:
@@ -210,4 +211,4 @@ def _largest_eigenvalue(op: LinearOperator, key: Key) -> Array:
         return tree.scale(1 / jnp.where(length > 0, length, 1), product), length
 
     start = tree.unflatten(normal / jnp.linalg.norm(normal), op.space)
-    return lax.fori_loop(0, POWER_STEPS, step, (start, jnp.zeros((), normal.dtype)))[1]
+    return fori_loop(op)(0, POWER_STEPS, step, (start, jnp.zeros((), normal.dtype)))[1]

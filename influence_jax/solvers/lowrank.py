@@ -14,6 +14,7 @@ from .._typing import Array, Key, PyTree
 from ..batching import check_key, check_positive
 from ..curvature import LinearOperator, LowRank
 from ..curvature.capabilities import wide_dtype
+from ..curvature.loops import fori_loop
 from ..curvature.spectrum import lanczos
 from .base import Solver, measured
 from .damping import RelativeDamping, check_damping, check_number, redamp, resolve_damping
@@ -128,7 +129,7 @@ class Arnoldi(LowRankSolver):
         _check_rank(self.rank, op)
         steps = min(self.steps or 2 * self.rank + 20, op.size)
         fixed = lax.stop_gradient(op)
-        krylov = lanczos(fixed.mv, op.space, steps, key_start)
+        krylov = lanczos(fixed.mv, op.space, steps, key_start, fori_loop=fori_loop(op))
         kept = jnp.argsort(-jnp.abs(krylov.values))[: self.rank]
         pairs = LowRank(jax.tree.map(lambda x: x[kept], krylov.vectors), krylov.values[kept])
         found = jnp.all(krylov.residuals[kept] <= RITZ_TOLERANCE * jnp.max(jnp.abs(krylov.values)))
@@ -145,7 +146,8 @@ def _none_larger(op: LinearOperator, pairs: LowRank, key: Key) -> Array:
         return tree.subtract(v, tree.only(tree.combine(tree.gram(tree.stack_of_one(v), pairs.basis), pairs.basis)))
 
     steps = min(CHECK_STEPS, op.size - pairs.values.shape[0])
-    rest = lanczos(lambda v: outside(tree.promote(op.mv(outside(v)))), op.space, steps, key)
+    product = lambda v: outside(tree.promote(op.mv(outside(v))))
+    rest = lanczos(product, op.space, steps, key, fori_loop=fori_loop(op))
     smallest, largest = jnp.min(jnp.abs(pairs.values)), jnp.max(jnp.abs(pairs.values))
     return jnp.max(jnp.abs(rest.values)) <= smallest + RITZ_TOLERANCE * largest
 

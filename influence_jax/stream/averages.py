@@ -1,19 +1,19 @@
-"""Host loops over data that come in batches: any re-iterable of batches is a loader."""
+"""Averages of functions over the batches of a loader."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from . import tree
-from ._progress import track
-from ._typing import Array, PyTree
-from .batching import Batch, as_batch, batch_size, check_finite
+from .. import tree
+from .._progress import track
+from .._typing import Array, PyTree
+from ..batching import batch_size
+from .loaders import checked, count_batches, is_batch, reiterable
 
 
 class Averaging(Protocol):
@@ -90,9 +90,9 @@ def accumulate(
         )
     total, mass = None, 0.0
     if not isinstance(loader, list | tuple):
-        loader = _reiterable(loader, "loader")
+        loader = reiterable(loader, "loader")
     for item in track(loader, "batches", count_batches(loader), show=progress):
-        batch = _checked(item, "loader")
+        batch = jax.tree.map(jnp.asarray, checked(item, "loader"))
         weight = averaging.weight(batch)
         part = jax.tree.map(lambda x, w=weight: w * _floating(x), fn(batch))
         if total is not None and _shapes(part) != _shapes(total):
@@ -116,60 +116,3 @@ def _floating(x: Any) -> Array:
 
 def _shapes(parts: PyTree) -> PyTree:
     return jax.tree.map(jnp.shape, parts)
-
-
-def _checked(batch: PyTree, name: str) -> PyTree:
-    batch = as_batch(batch, name)
-    check_finite(batch, name)
-    return batch
-
-
-def is_batch(data: Any) -> bool:
-    """Whether data are one batch: a pytree whose leaves are arrays, except a list of trees or a tuple of `Batch`es."""
-    leaves = [leaf for _, leaf in tree.named_leaves(data)]
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
-    several = isinstance(data, list) and len(data) > 0 and not all(map(is_array, data))
-    several |= isinstance(data, tuple) and any(isinstance(item, Batch) for item in data)
-    return bool(leaves) and all(map(is_array, leaves)) and not several
-
-
-def batches(data: Any, name: str) -> Iterator[PyTree]:
-    """The batches of a loader, checked one by one; of a batch, itself.
-
-    Raises:
-      TypeError: If the data are neither a batch nor re-iterable.
-    """
-    if is_batch(data):
-        yield _checked(data, name)
-        return
-    for batch in _reiterable(data, name):
-        yield _checked(batch, name)
-
-
-def _reiterable(data: Any, name: str) -> Iterable[PyTree]:
-    if not isinstance(data, Iterable):
-        raise TypeError(f"{name}: got a {type(data).__name__}, expected a batch, or a re-iterable of batches")
-    if isinstance(data, Iterator):
-        raise TypeError(
-            f"{name}: got the one-shot iterator {data!r}, which cannot be read twice; pass a list or an object whose "
-            "__iter__ starts anew"
-        )
-    return data
-
-
-def gather(data: Any, name: str) -> PyTree:
-    """All batches as one, in memory."""
-    parts = list(batches(data, name))
-    if not parts:
-        raise ValueError(f"{name}: is empty, expected at least one batch")
-    kinds = {str((jax.tree.structure(part), [leaf.shape[1:] for leaf in jax.tree.leaves(part)])) for part in parts}
-    if len(kinds) > 1:
-        raise ValueError(f"{name}: its batches differ by more than their length, {sorted(kinds)}; expected them alike")
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
-def count_batches(data: Any) -> int | None:
-    """How many batches there are, if a loader tells."""
-    if is_batch(data):
-        return 1
-    return len(data) if isinstance(data, Sized) else None

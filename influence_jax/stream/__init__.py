@@ -1,0 +1,11 @@
+"""Host loops over data that need not fit in memory: any re-iterable of batches is a loader."""
+
+from .averages import (
+    Averaging as Averaging,
+    ChunkAveraging as ChunkAveraging,
+    PointAveraging as PointAveraging,
+    accumulate as accumulate,
+)
+from .inverse import invert as invert
+from .kronecker import ekfac as ekfac, kfac as kfac
+from .operators import Streamed as Streamed

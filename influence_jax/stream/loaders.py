@@ -1,0 +1,268 @@
+"""Loaders: any re-iterable of batches, read as blocks of a fixed number of examples."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import tree
+from .._progress import track
+from .._typing import Array, PyTree
+from ..batching import Batch, batch_size, check_batch, check_finite, describe
+
+# Rows of a block cut from arrays that are given whole.
+DEFAULT_ROWS = 512
+# Blocks on their way to the device while another is worked on.
+AHEAD = 2
+
+
+def is_batch(data: Any) -> bool:
+    """Whether data are one batch: a pytree whose leaves are arrays, except a list of trees or a tuple of `Batch`es."""
+    leaves = [leaf for _, leaf in tree.named_leaves(data)]
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
+    several = isinstance(data, list) and len(data) > 0 and not all(map(is_array, data))
+    several |= isinstance(data, tuple) and any(isinstance(item, Batch) for item in data)
+    return bool(leaves) and all(map(is_array, leaves)) and not several
+
+
+def reiterable(data: Any, name: str) -> Iterable[PyTree]:
+    """The loader, if it can be read more than once; a function that makes an iterator is one.
+
+    Raises:
+      TypeError: If it cannot, saying what to do.
+    """
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"{name}: got the one-shot iterator {data!r}, which cannot be read twice; pass a list, an object whose "
+            "__iter__ starts anew, or a function that makes the iterator, e.g. lambda: generate(path)"
+        )
+    if callable(data) and not isinstance(data, Iterable):
+        return _Generator(data, name)
+    if not isinstance(data, Iterable):
+        raise TypeError(f"{name}: got a {type(data).__name__}, expected a batch, or a re-iterable of batches")
+    return data
+
+
+class _Generator:
+    """A function that makes an iterator, as an iterable."""
+
+    def __init__(self, make: Callable[[], Iterable[PyTree]], name: str) -> None:
+        self._make, self._name = make, name
+
+    def __iter__(self) -> Iterator[PyTree]:
+        made = self._make()
+        if not isinstance(made, Iterable):
+            raise TypeError(
+                f"{self._name}: the function returned a {type(made).__name__}, expected an iterator of batches"
+            )
+        return iter(made)
+
+
+def batches(data: Any, name: str) -> Iterator[PyTree]:
+    """The batches of a loader on device, checked one by one; of a batch, itself.
+
+    Raises:
+      TypeError: If the data are neither a batch nor re-iterable.
+    """
+    for batch in [data] if is_batch(data) else reiterable(data, name):
+        yield jax.tree.map(jnp.asarray, checked(batch, name))
+
+
+def checked(batch: PyTree, name: str) -> PyTree:
+    """A batch of a loader with numpy or JAX leaves, checked to be finite.
+
+    Whatever numpy can read is an array here, e.g. a tensor of another framework.
+    """
+    batch = jax.tree.map(lambda x: np.asarray(x) if _is_foreign(x) else x, batch)
+    check_batch(batch, name)
+    check_finite(batch, name)
+    return batch
+
+
+def _is_foreign(x: Any) -> bool:
+    return hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.ndarray | jax.Array)
+
+
+def gather(data: Any, name: str) -> PyTree:
+    """All batches as one, in memory."""
+    parts = list(batches(data, name))
+    if not parts:
+        raise ValueError(f"{name}: is empty, expected at least one batch")
+    for part in parts:
+        _check_alike(part, parts[0], name)
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def count_batches(data: Any) -> int | None:
+    """How many batches there are, if a loader tells."""
+    if is_batch(data):
+        return 1
+    return len(data) if isinstance(data, Sized) else None
+
+
+def _check_alike(batch: PyTree, first: PyTree, name: str) -> None:
+    kind = lambda tree_: (jax.tree.structure(tree_), [(x.shape[1:], x.dtype) for x in jax.tree.leaves(tree_)])
+    if kind(batch) != kind(first):
+        raise ValueError(
+            f"{name}: its batches differ by more than their length, {describe(batch)} after {describe(first)}; "
+            "expected them alike"
+        )
+
+
+class Block(NamedTuple):
+    """Consecutive examples of a loader.
+
+    Attributes:
+      number: Which block.
+      start: Place of its first example.
+      count: How many examples; the rows beyond are copies of the last.
+      batch: Leaves `(rows, ...)`, on device; the same shapes for every block.
+      host: The rows that count, leaves `(count, ...)`, where they came from the host.
+    """
+
+    number: int
+    start: int
+    count: int
+    batch: PyTree
+    host: PyTree
+
+    def weights(self, dtype: np.dtype) -> np.ndarray:
+        """One for each example, zero for the rows beyond, `(rows,)`."""
+        return (np.arange(tree.count(self.batch)) < self.count).astype(dtype)
+
+
+class Blocks:
+    """A loader as blocks of equal shapes, as often as one likes, memory flat in the number of examples.
+
+    Args:
+      data: A re-iterable of batches of any lengths, a function that makes an iterator of them, or arrays given whole,
+        such as memory maps.
+      name: Of the argument, for messages.
+      rows: Examples per block; as many as the first batch has if None, for arrays given whole 512.
+      sharding: Where each block goes; the default device if None.
+      progress: Whether to show a bar over the loader's batches.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        name: str,
+        rows: int | None = None,
+        sharding: jax.sharding.Sharding | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.name, self.sharding, self.progress = name, sharding, progress
+        whole = is_batch(data)
+        if whole:
+            check_batch(data, name)
+        self._data = data if whole else reiterable(data, name)
+        self._whole = whole
+        shards = 1 if sharding is None else shard_count(sharding, name)
+        if rows is None:
+            first = batch_size(data if whole else self._first(), name)
+            rows = -(-min(first, DEFAULT_ROWS if whole else first) // shards) * shards
+        elif rows % shards:
+            raise ValueError(f"batch_size: got {rows}, expected a multiple of the {shards} shards it is split over")
+        self.rows = rows
+        self.examples: int | None = None  # known once it has been read
+
+    def _first(self) -> PyTree:
+        for batch in self._data:
+            return checked(batch, self.name)
+        raise ValueError(f"{self.name}: is empty, expected at least one batch")
+
+    def __iter__(self) -> Iterator[Block]:
+        """Blocks in order, the next ones on their way to the device already.
+
+        Raises:
+          ValueError: If the loader is empty, or gives another number of examples than before.
+        """
+        waiting: deque[Block] = deque()
+        for block in self._placed():
+            waiting.append(block)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _placed(self) -> Iterator[Block]:
+        start = 0
+        for number, part in enumerate(self._cut()):
+            count = tree.count(part)
+            yield Block(number, start, count, self._place(part, count), part)
+            start += count
+        if start == 0:
+            raise ValueError(f"{self.name}: is empty, expected at least one batch")
+        if self.examples not in (None, start):
+            raise ValueError(
+                f"{self.name}: gave {start} examples in this pass and {self.examples} in an earlier one; expected the "
+                "same data each time it is read"
+            )
+        self.examples = start
+
+    def _place(self, part: PyTree, count: int) -> PyTree:
+        if count < self.rows:
+            fill = self.rows - count
+            part = jax.tree.map(lambda x: np.concatenate([x, np.repeat(np.asarray(x[-1:]), fill, axis=0)]), part)
+        return jax.device_put(jax.tree.map(jnp.asarray, part) if self.sharding is None else part, self.sharding)
+
+    def _cut(self) -> Iterator[PyTree]:
+        """Pieces of `rows` examples, the last one shorter."""
+        if self._whole:
+            total = batch_size(self._data, self.name)
+            starts = track(range(0, total, self.rows), self.name, show=self.progress)
+            for start in starts:
+                yield checked(_rows(self._data, start, min(start + self.rows, total)), self.name)
+            return
+        held: list[PyTree] = []
+        size, first = 0, None
+        for item in track(self._data, self.name, count_batches(self._data), show=self.progress):
+            batch = checked(item, self.name)
+            first = jax.tree.map(lambda x: x[:1], batch) if first is None else first
+            _check_alike(batch, first, self.name)
+            held.append(batch)
+            size += tree.count(batch)
+            if size >= self.rows:
+                merged, place = _joined(held), 0
+                while size - place >= self.rows:
+                    yield _rows(merged, place, place + self.rows)
+                    place += self.rows
+                held = [_rows(merged, place, size)] if size > place else []
+                size -= place
+        if held:
+            yield _joined(held)
+
+
+def _rows(batch: PyTree, start: int, stop: int) -> PyTree:
+    """Copies, because a loader may fill the same arrays again."""
+    cut = lambda x: np.array(x[start:stop]) if isinstance(x, np.ndarray) else x[start:stop]
+    return jax.tree.map(lambda x: x if start == 0 and stop == len(x) and isinstance(x, jax.Array) else cut(x), batch)
+
+
+def _joined(parts: Sequence[PyTree]) -> PyTree:
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
+
+
+def shard_count(sharding: Any, name: str) -> int:
+    """Over how many shards a sharding splits examples.
+
+    Raises:
+      TypeError: If it is no sharding of a mesh.
+    """
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        raise TypeError(
+            f"sharding: got {sharding!r} for {name}, expected a jax.sharding.NamedSharding such as "
+            'NamedSharding(mesh, PartitionSpec("data"))'
+        )
+    return len({str(index) for index in sharding.devices_indices_map((2**20 * 3 * 5 * 7,)).values()})
+
+
+def unpadded(values: Array, count: int, axis: int) -> np.ndarray:
+    """The entries of examples that count, on the host."""
+    return np.asarray(jax.lax.slice_in_dim(values, 0, count, axis=axis))

@@ -1,0 +1,196 @@
+r"""Curvature over a loader: the mean of an operator over batches that are never in memory at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import blocks, tree
+from .._pytree import dataclass, static
+from .._typing import Array, Key, LossFunction, PyTree
+from ..curvature import Diagonal, Identity, Kronecker, LinearOperator, LowRank, Scaled, Sum
+from ..curvature.capabilities import diagonal, restrict, to_dense, trace, wide_dtype
+from ..curvature.exact import OverData
+from ..curvature.fisher import Keyed
+from ..objective import LossOnly, Objective, as_objective
+from .loaders import Blocks
+
+Curvature = Callable[[Any, PyTree, PyTree], LinearOperator]
+# What has no data, and is the same for every batch.
+CONSTANT = (Identity, Diagonal, LowRank, Kronecker)
+
+
+@dataclass
+class Streamed(LinearOperator):
+    r"""The mean over a loader of the operator that `curvature` makes of one batch; made by `stream.operator`.
+
+    $C v = \sum_b W_b C_b v / \sum_b W_b$ with $W_b$ the sum of the weights in batch b: what the operator on all data
+    is, at one pass over the loader for each product with a stack.  A solver's loop then runs on the host.
+
+    Attributes:
+      objective: Loss of one example.
+      params: Leaves `(*leaf)`.
+      curvature: `(objective, params, batch) -> LinearOperator`; static.
+      source: The loader; static, compared by identity.
+      block: Names of the leaves it is restricted to; all if None; static.
+    """
+
+    objective: Objective | LossOnly | LossFunction
+    params: PyTree
+    curvature: Curvature = static()
+    source: Blocks = static()
+    block: blocks.Block | None = static(default=None)
+    psd: bool = static(default=False)  # type: ignore[assignment]
+
+    @property
+    def space(self) -> PyTree:
+        return self.params if self.block is None else blocks.select(self.params, self.block)
+
+    @property
+    def on_host(self) -> bool:
+        return True
+
+    def mv(self, v: PyTree) -> PyTree:
+        tree.check_vector(v, self.space, "v")
+        return tree.only(self.mm(tree.stack_of_one(v)))
+
+    def mm(self, V: PyTree) -> PyTree:
+        tree.check_stack(V, self.space, "V")
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(V)):
+            raise TypeError(
+                f"inverse: {self!r} reads its data from a loader, which cannot be part of a compiled program; call "
+                "influence_jax.stream.* or Influence outside of jit, vmap and grad"
+            )
+        return tree.cast_like(self._mean(_product, tree.promote(V)), V)
+
+    def parts(self) -> Iterator[LinearOperator]:
+        """The operator on every block of the loader, in one pass; rows beyond the examples have weight zero."""
+        for block in self.source:
+            op = self._on(block.batch)
+            if block.count < tree.count(block.batch) and not all(map(_can_mask, _terms(op))):
+                batch = jax.tree.map(lambda x, count=block.count: x[:count], block.batch)
+                yield self._on(batch)
+            else:
+                yield _masked(op, block.weights(wide_dtype(self.params)), block.number)
+
+    def _on(self, batch: PyTree) -> LinearOperator:
+        op = self.curvature(self.objective, self.params, batch)
+        return op if self.block is None else restrict(op, self.block)
+
+    def _mean(self, product: Callable[..., PyTree], *arguments: Any) -> PyTree:
+        """The mean of something linear in the operator."""
+        total = None
+        for op in self.parts():
+            summed = _sums(op, arguments, product)
+            total = summed if total is None else _added(total, summed)
+        return _divided(total)
+
+    def __repr__(self) -> str:
+        name = getattr(getattr(self.curvature, "func", self.curvature), "__name__", repr(self.curvature))
+        examples = "" if self.source.examples is None else f", {self.source.examples:,} examples"
+        return f"Streamed({name}, {self.size:,} parameters{examples})"
+
+
+def operator(curvature: Curvature, objective: Objective | LossFunction, params: PyTree, source: Blocks) -> Streamed:
+    """Curvature over a loader, after trying it on the first block."""
+    params, objective = tree.check_params(params), as_objective(objective)
+    op = Streamed(objective, params, curvature, source)
+    first = next(op.parts())
+    if not isinstance(first, LinearOperator):
+        raise TypeError(f"curvature: returned a {type(first).__name__}, expected a LinearOperator such as GGN(...)")
+    tree.check_vector(first.space, params, "params, against the space of curvature")
+    return dataclasses.replace(op, psd=first.psd)
+
+
+def _terms(op: LinearOperator) -> list[LinearOperator]:
+    """What a sum of multiples is made of."""
+    if isinstance(op, Sum):
+        return [part for term in op.terms for part in _terms(term)]
+    return _terms(op.op) if isinstance(op, Scaled) else [op]
+
+
+def _can_mask(op: LinearOperator) -> bool:
+    return isinstance(op, (OverData, *CONSTANT))
+
+
+def _masked(op: LinearOperator, mask: np.ndarray, number: int) -> LinearOperator:
+    """The operator with a weight for each example, and labels drawn anew in every block."""
+
+    def weighted(part: Any) -> Any:
+        if not isinstance(part, OverData):
+            return part
+        weights = mask if part.weights is None else part.weights * mask
+        data = part.data
+        if isinstance(data, Keyed) and data.key is not None:
+            keys = jax.vmap(partial(jax.random.fold_in, data=number))(data.key)
+            data = Keyed(data.example, keys)
+        return dataclasses.replace(part, weights=weights, data=data)
+
+    return jax.tree.map(weighted, op, is_leaf=lambda part: isinstance(part, OverData))
+
+
+def _product(op: LinearOperator, V: PyTree) -> PyTree:
+    return tree.promote(op.mm(V))
+
+
+def _traces(op: LinearOperator, key: Key | None) -> Array:
+    return trace(op, key=key)
+
+
+def _mass(op: LinearOperator) -> Array:
+    """How much a term counts: by its weights, or by its examples."""
+    if isinstance(op, OverData):
+        return jnp.sum(op.weights) if op.total is None else op.total
+    return jnp.ones((), wide_dtype(op.space))
+
+
+@partial(jax.jit, static_argnames="product")
+def _sums(op: LinearOperator, arguments: tuple, product: Callable[..., PyTree]) -> list[tuple[PyTree, Array]]:
+    """Of every term, what is linear in it times its mass, and the mass."""
+
+    def term_sums(term: LinearOperator, factor: Array | float) -> list[tuple[PyTree, Array]]:
+        if isinstance(term, Sum):
+            return [pair for part in term.terms for pair in term_sums(part, factor)]
+        if isinstance(term, Scaled):
+            return term_sums(term.op, factor * term.factor)
+        mass = _mass(term)
+        return [(tree.scale(mass, tree.scale(factor, product(term, *arguments))), mass)]
+
+    return term_sums(op, 1.0)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _added(total: PyTree, summed: PyTree) -> PyTree:
+    return tree.add(total, summed)
+
+
+@jax.jit
+def _divided(sums: Sequence[tuple[PyTree, Array]]) -> PyTree:
+    means = [jax.tree.map(lambda x, m=mass: x / m.astype(x.dtype), summed) for summed, mass in sums]
+    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *means)
+
+
+@restrict.register
+def _(op: Streamed, block: Sequence[str]) -> LinearOperator:
+    return dataclasses.replace(op, block=blocks.as_block(block, op.space))
+
+
+@to_dense.register
+def _(op: Streamed) -> Array:
+    return op._mean(to_dense)
+
+
+@diagonal.register
+def _(op: Streamed) -> PyTree:
+    return op._mean(diagonal)
+
+
+@trace.register
+def _(op: Streamed, *, key: Key | None = None) -> Array:
+    return op._mean(_traces, key)
