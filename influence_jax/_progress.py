@@ -9,10 +9,13 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], what: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
-    """The items, with a bar that says how many are done and how long the rest will take, in terminals and notebooks."""
+    """The items, with a bar that says how many are done and how long the rest will take, in terminals and notebooks only."""
     if not show:
         yield from items
         return
-    from rich.progress import track as rich_track  # flax brings it; the core does without
+    from rich.console import Console  # flax brings rich; the core does without
+    from rich.progress import track as rich_track
 
-    yield from rich_track(items, description=what, total=total)
+    console = Console(stderr=True)
+    watched = console.is_terminal or console.is_jupyter
+    yield from rich_track(items, description=what, total=total, console=console, disable=not watched)

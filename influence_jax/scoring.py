@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import tree
@@ -132,17 +133,39 @@ def top_k(
     """The k largest inner products of each factor, merged chunk by chunk."""
     total, queries = tree.count(batch), tree.count(factors)
 
-    def merge(best: tuple[Array, ...], part: PyTree, indices: Array) -> tuple[Array, ...]:
-        losses = -inner_products(objective, params, factors, part, chunk, rhs_chunk).T
-        places = jnp.broadcast_to(indices, losses.shape)
-        together = [jnp.concatenate(pair, axis=1) for pair in zip(best, (places >= total, losses, places), strict=True)]
-        # Real examples before padding, then by score with NaN last, then the lower index, whatever the chunks.
-        return tuple(column[:, :k] for column in lax.sort(together, dimension=1, num_keys=3))
+    def merge(best: Best, part: PyTree, indices: Array) -> Best:
+        scores = inner_products(objective, params, factors, part, chunk, rhs_chunk).T
+        return merge_best(best, scores, indices, indices >= total)
 
     dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
-    none = (jnp.ones((queries, k), bool), jnp.zeros((queries, k), dtype), jnp.full((queries, k), total, jnp.int32))
-    _, losses, indices = scan_chunks(merge, none, batch, chunk=chunk)
-    return TopK(-losses, indices)
+    return scan_chunks(merge, Best.none(queries, k, dtype), batch, chunk=chunk).top_k()
+
+
+class Best(NamedTuple):
+    """The best of the examples seen so far, `(Q, k)` each; columns are in the order of `top_k`."""
+
+    missing: Array  # bool: padding, or fewer than k seen
+    losses: Array  # scores with the other sign, so that ascending is best first
+    places: Array  # int32
+
+    @staticmethod
+    def none(queries: int, k: int, dtype: np.dtype) -> Best:
+        """Before any example."""
+        last = jnp.full((queries, k), jnp.iinfo(jnp.int32).max, jnp.int32)
+        return Best(jnp.ones((queries, k), bool), jnp.zeros((queries, k), dtype), last)
+
+    def top_k(self) -> TopK:
+        """As scores."""
+        return TopK(-self.losses, self.places)
+
+
+def merge_best(best: Best, scores: Array, places: Array, padding: Array) -> Best:
+    """The best with more examples: scores `(Q, N)`, their places and whether they are padding `(N,)`."""
+    seen = (jnp.broadcast_to(padding, scores.shape), -scores, jnp.broadcast_to(places, scores.shape))
+    together = [jnp.concatenate(pair, axis=1) for pair in zip(best, seen, strict=True)]
+    # Real examples before padding, then by score with NaN last, then the lower index, whatever the chunks.
+    kept = lax.sort(together, dimension=1, num_keys=3)
+    return Best(*(column[:, : best.places.shape[1]] for column in kept))
 
 
 def as_mode(mode: Any) -> InfluenceMode:

@@ -9,3 +9,10 @@ from .averages import (
 from .inverse import invert as invert
 from .kronecker import ekfac as ekfac, kfac as kfac
 from .operators import Streamed as Streamed
+from .processes import share as share
+from .scores import (
+    influence_factors as influence_factors,
+    scores as scores,
+    self_influences as self_influences,
+    top_k as top_k,
+)

@@ -12,8 +12,9 @@ import numpy as np
 
 from .. import tree
 from .._progress import track
-from .._typing import Array, PyTree
-from ..batching import Batch, batch_size, check_batch, check_finite, describe
+from .._typing import PyTree
+from ..batching import Batch, batch_size, check_batch, check_finite, check_positive, describe
+from .processes import agree, check_counts, local_rows
 
 # Rows of a block cut from arrays that are given whole.
 DEFAULT_ROWS = 512
@@ -122,7 +123,7 @@ class Block(NamedTuple):
       start: Place of its first example.
       count: How many examples; the rows beyond are copies of the last.
       batch: Leaves `(rows, ...)`, on device; the same shapes for every block.
-      host: The rows that count, leaves `(count, ...)`, where they came from the host.
+      host: Those of the examples that this process has fed, None if it had none left.
     """
 
     number: int
@@ -141,9 +142,10 @@ class Blocks:
 
     Args:
       data: A re-iterable of batches of any lengths, a function that makes an iterator of them, or arrays given whole,
-        such as memory maps.
+        such as memory maps.  Of several processes each gives its own rows, see `processes.share`.
       name: Of the argument, for messages.
-      rows: Examples per block; as many as the first batch has if None, for arrays given whole 512.
+      rows: Examples per block, over all processes; as many as the first batches have if None, for arrays given whole
+        at most 512.
       sharding: Where each block goes; the default device if None.
       progress: Whether to show a bar over the loader's batches.
     """
@@ -162,13 +164,19 @@ class Blocks:
             check_batch(data, name)
         self._data = data if whole else reiterable(data, name)
         self._whole = whole
+        if rows is not None:
+            check_positive(rows, "batch_size")
         shards = 1 if sharding is None else shard_count(sharding, name)
+        several = sharding is not None and not sharding.is_fully_addressable
+        processes = jax.process_count() if several else 1
         if rows is None:
             first = batch_size(data if whole else self._first(), name)
-            rows = -(-min(first, DEFAULT_ROWS if whole else first) // shards) * shards
+            rows = -(-processes * min(first, DEFAULT_ROWS if whole else first) // shards) * shards
         elif rows % shards:
             raise ValueError(f"batch_size: got {rows}, expected a multiple of the {shards} shards it is split over")
         self.rows = rows
+        self.several = several
+        self.local = local_rows(sharding, rows, name)
         self.examples: int | None = None  # known once it has been read
 
     def _first(self) -> PyTree:
@@ -191,9 +199,8 @@ class Blocks:
 
     def _placed(self) -> Iterator[Block]:
         start = 0
-        for number, part in enumerate(self._cut()):
-            count = tree.count(part)
-            yield Block(number, start, count, self._place(part, count), part)
+        for number, (part, count) in enumerate(self._agreed()):
+            yield Block(number, start, count, self._place(part), None if count == 0 else part)
             start += count
         if start == 0:
             raise ValueError(f"{self.name}: is empty, expected at least one batch")
@@ -204,19 +211,49 @@ class Blocks:
             )
         self.examples = start
 
-    def _place(self, part: PyTree, count: int) -> PyTree:
-        if count < self.rows:
-            fill = self.rows - count
-            part = jax.tree.map(lambda x: np.concatenate([x, np.repeat(np.asarray(x[-1:]), fill, axis=0)]), part)
+    def _agreed(self) -> Iterator[tuple[PyTree, int]]:
+        """This process's pieces, and how many examples all processes have for each block."""
+        if not self.several:
+            yield from ((part, tree.count(part)) for part in self._cut())
+            return
+        pieces, last, ended = self._cut(), None, False
+        while True:
+            part = next(pieces, None)
+            mine = 0 if part is None else tree.count(part)
+            counts = agree(mine)[:, 0]
+            if not counts.any():
+                return
+            if ended:
+                raise ValueError(f"{self.name}: a process has rows left after another's last; expected equal shares")
+            check_counts(counts, self._share, self.name)
+            if part is None and last is None:
+                raise ValueError(f"{self.name}: is empty for process {jax.process_index()}; use fewer processes")
+            last = part if part is not None else jax.tree.map(lambda x: x[:0], last)
+            ended = int(counts.sum()) < self.rows
+            yield last, int(counts.sum())
+
+    @property
+    def _share(self) -> int:
+        """Rows of a block that come from this process."""
+        return self.local.stop - self.local.start
+
+    def _place(self, part: PyTree) -> PyTree:
+        fill = self._share - tree.count(part)
+        if fill:
+            copies = lambda x: np.repeat(np.asarray(x[-1:]), fill, axis=0) if len(x) else _zeros(x, fill)
+            part = jax.tree.map(lambda x: np.concatenate([np.asarray(x), copies(x)]), part)
+        if self.several:
+            shape = lambda x: (self.rows, *x.shape[1:])
+            return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.sharding, x, shape(x)), part)
         return jax.device_put(jax.tree.map(jnp.asarray, part) if self.sharding is None else part, self.sharding)
 
     def _cut(self) -> Iterator[PyTree]:
-        """Pieces of `rows` examples, the last one shorter."""
+        """Pieces of as many examples as this process feeds, the last one shorter."""
         if self._whole:
             total = batch_size(self._data, self.name)
-            starts = track(range(0, total, self.rows), self.name, show=self.progress)
+            starts = track(range(0, total, self._share), self.name, show=self.progress)
             for start in starts:
-                yield checked(_rows(self._data, start, min(start + self.rows, total)), self.name)
+                yield checked(_rows(self._data, start, min(start + self._share, total)), self.name)
             return
         held: list[PyTree] = []
         size, first = 0, None
@@ -226,15 +263,19 @@ class Blocks:
             _check_alike(batch, first, self.name)
             held.append(batch)
             size += tree.count(batch)
-            if size >= self.rows:
+            if size >= self._share:
                 merged, place = _joined(held), 0
-                while size - place >= self.rows:
-                    yield _rows(merged, place, place + self.rows)
-                    place += self.rows
+                while size - place >= self._share:
+                    yield _rows(merged, place, place + self._share)
+                    place += self._share
                 held = [_rows(merged, place, size)] if size > place else []
                 size -= place
         if held:
             yield _joined(held)
+
+
+def _zeros(x: np.ndarray, rows: int) -> np.ndarray:
+    return np.zeros((rows, *x.shape[1:]), x.dtype)
 
 
 def _rows(batch: PyTree, start: int, stop: int) -> PyTree:
@@ -261,8 +302,3 @@ def shard_count(sharding: Any, name: str) -> int:
             'NamedSharding(mesh, PartitionSpec("data"))'
         )
     return len({str(index) for index in sharding.devices_indices_map((2**20 * 3 * 5 * 7,)).values()})
-
-
-def unpadded(values: Array, count: int, axis: int) -> np.ndarray:
-    """The entries of examples that count, on the host."""
-    return np.asarray(jax.lax.slice_in_dim(values, 0, count, axis=axis))

@@ -18,6 +18,7 @@ from ..curvature import Diagonal, Identity, Kronecker, LinearOperator, LowRank, 
 from ..curvature.capabilities import diagonal, restrict, to_dense, trace, wide_dtype
 from ..curvature.exact import OverData
 from ..curvature.fisher import Keyed
+from ..curvature.loops import refuse_tracing
 from ..objective import LossOnly, Objective, as_objective
 from .loaders import Blocks
 
@@ -62,11 +63,7 @@ class Streamed(LinearOperator):
 
     def mm(self, V: PyTree) -> PyTree:
         tree.check_stack(V, self.space, "V")
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(V)):
-            raise TypeError(
-                f"inverse: {self!r} reads its data from a loader, which cannot be part of a compiled program; call "
-                "influence_jax.stream.* or Influence outside of jit, vmap and grad"
-            )
+        refuse_tracing(self, V)
         return tree.cast_like(self._mean(_product, tree.promote(V)), V)
 
     def parts(self) -> Iterator[LinearOperator]:
@@ -93,8 +90,7 @@ class Streamed(LinearOperator):
 
     def __repr__(self) -> str:
         name = getattr(getattr(self.curvature, "func", self.curvature), "__name__", repr(self.curvature))
-        examples = "" if self.source.examples is None else f", {self.source.examples:,} examples"
-        return f"Streamed({name}, {self.size:,} parameters{examples})"
+        return f"Streamed({name}, {self.size:,} parameters)"
 
 
 def operator(curvature: Curvature, objective: Objective | LossFunction, params: PyTree, source: Blocks) -> Streamed:

@@ -1,0 +1,296 @@
+r"""Scores of data that are read batch by batch: one solve per query, memory flat in the number of examples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import tree
+from .._typing import Array, PyTree
+from ..batching import check_positive
+from ..influence import Influence, _up, self_solved
+from ..scoring import Best, TopK, merge_best
+from ..solvers import report
+from .loaders import Block, Blocks, is_batch
+from .processes import to_host, together
+from .tables import Memory, Stored, Table, describe
+
+
+def scores(
+    influence: Influence,
+    query: Any,
+    loader: Iterable[PyTree],
+    sink: Any = None,
+    progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Any:
+    r"""Influence of every example of a loader on every query, $\nabla f_q^\top P \nabla\ell_i$.
+
+    One solve per query; then one pass over the loader for each block of queries.  With a store as sink the factors
+    and every finished block are kept, and the same call continues where it was interrupted, whatever interrupted it.
+
+    Args:
+      influence: Objective, parameters and inverse; the inverse may read a loader itself (`stream.invert`).
+      query: A batch, or a loader of batches of queries, whose factors are then in memory one batch at a time.
+      loader: Re-iterable of batches, a function that makes an iterator of them, or arrays given whole (memory maps).
+        Of several processes each gives its own rows, see `share`.
+      sink: A `store.ScoreStore`; memory if None.
+      progress: Whether to show a bar.
+      batch_size: Examples on device at once; the length of the first batch if None.
+      sharding: Where batches go, e.g. `NamedSharding(mesh, PartitionSpec("data"))`.
+
+    Returns:
+      `(Q, N)` NumPy array, in the order of the loader, or the store.
+
+    Raises:
+      TypeError: If the influence or the loader is none, e.g. a one-shot iterator.
+      ValueError: If a batch is malformed or holds NaN or infinity; if the store is of another computation or other
+        data.
+      ConvergenceError: If a solve fails and `influence.throw`.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> params = {"w": jnp.array(1.0)}
+      >>> influence = ij.Influence(f, params, ij.Identity(params))
+      >>> ij.stream.scores(influence, jnp.array([1.0]), [jnp.array([1.0, 2.0]), jnp.array([3.0])]).tolist()
+      [[1.0, 4.0, 9.0]]
+    """
+    _check_influence(influence)
+    queries, count = _queries(query)
+    blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+    with together(), _table(sink, "scores", influence, queries, count, blocks) as table:
+        for row, block in enumerate(queries):
+            factors = _Factors(influence, row, block, table)
+            _fill(table, row, block.count, blocks, lambda part, f=factors: _up(influence, f.get(), part))
+        return table.finish(blocks.examples or 0)
+
+
+def influence_factors(influence: Influence, query: Any, progress: bool = True) -> PyTree:
+    r"""Factors $P\,\nabla f_q$ of every query of a loader, leaves `(Q, *leaf)`; as `Influence.influence_factors`.
+
+    Args:
+      influence: Objective, parameters and inverse.
+      query: Re-iterable of batches, a function that makes an iterator of them, or a batch.
+      progress: Whether to show a bar.
+
+    Returns:
+      Tree like the parameters.
+
+    Raises:
+      TypeError, ValueError: As `scores`.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> params = {"w": jnp.array(1.0)}
+      >>> influence = ij.Influence(f, params, ij.Identity(params))
+      >>> ij.stream.influence_factors(influence, [jnp.array([1.0, 2.0]), jnp.array([3.0])])["w"].tolist()
+      [1.0, 4.0, 9.0]
+    """
+    _check_influence(influence)
+    blocks = Blocks(query, "query", progress=progress)
+    parts = [jax.tree.map(lambda x, n=block.count: x[:n], _solved(influence, block.batch)) for block in blocks]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def self_influences(
+    influence: Influence,
+    loader: Iterable[PyTree],
+    sink: Any = None,
+    progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Any:
+    r"""Influence of every example of a loader on itself, $\nabla\ell_i^\top P \nabla\ell_i$.
+
+    Takes a solve per example: with an inverse that reads a loader, several passes for each block.
+
+    Args:
+      influence: Objective, parameters and inverse.
+      loader: As in `scores`.
+      sink: A `store.ScoreStore`, which then has one row; memory if None.
+      progress: Whether to show a bar.
+      batch_size: Examples on device at once; the length of the first batch if None.
+      sharding: Where batches go.
+
+    Returns:
+      `(N,)` NumPy array, or the store.
+
+    Raises:
+      TypeError, ValueError, ConvergenceError: As `scores`.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> params = {"w": jnp.array(1.0)}
+      >>> influence = ij.Influence(f, params, ij.Identity(params))
+      >>> ij.stream.self_influences(influence, [jnp.array([1.0, 2.0]), jnp.array([3.0])]).tolist()
+      [1.0, 16.0, 81.0]
+    """
+    _check_influence(influence)
+    blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+
+    def compute(part: PyTree) -> Array:
+        values, info = self_solved(influence, part)
+        report(info, influence.inverse, influence.throw)
+        return values[None]
+
+    with together(), _table(sink, "self_influences", influence, None, 1, blocks) as table:
+        _fill(table, 0, 1, blocks, compute)
+        whole = table.finish(blocks.examples or 0)
+        return whole[0] if sink is None else whole
+
+
+def top_k(
+    influence: Influence,
+    query: Any,
+    loader: Iterable[PyTree],
+    k: int,
+    progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> TopK:
+    """The k most helpful examples of a loader for each query; memory grows with `Q (k + batch)`, not with N.
+
+    Args:
+      influence: Objective, parameters and inverse.
+      query: A batch, or a loader of batches of queries.
+      loader: As in `scores`.
+      k: How many.
+      progress: Whether to show a bar.
+      batch_size: Examples on device at once; the length of the first batch if None.
+      sharding: Where batches go.
+
+    Returns:
+      `TopK(values, indices)` of NumPy arrays `(Q, k)`, descending; indices count the loader's examples.  Ties go to the
+      lower index.
+
+    Raises:
+      TypeError, ValueError, ConvergenceError: As `scores`; if k is not between 1 and N.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> params = {"w": jnp.array(1.0)}
+      >>> influence = ij.Influence(f, params, ij.Identity(params))
+      >>> ij.stream.top_k(influence, jnp.array([1.0]), [jnp.array([1.0, 3.0]), jnp.array([2.0])], 2).indices.tolist()
+      [[1, 2]]
+    """
+    _check_influence(influence)
+    check_positive(k, "k")
+    queries, _ = _queries(query)
+    blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+    found = []
+    with together():
+        for row in queries:
+            factors = _solved(influence, row.batch)
+            dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
+            best = Best.none(tree.count(row.batch), k, dtype)
+            for block in blocks:
+                part = _up(influence, factors, block.batch)
+                best = _merged(best, part, np.int32(block.start), np.int32(block.count))
+            found.append(jax.tree.map(lambda x, n=row.count: to_host(x)[:n], best.top_k()))
+    if k > (blocks.examples or 0):
+        raise ValueError(f"k: got {k}, expected between 1 and {blocks.examples}, the number of examples in the loader")
+    return TopK(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+@jax.jit
+def _merged(best: Best, part: Array, start: Array, count: Array) -> Best:
+    places = jnp.arange(part.shape[1], dtype=jnp.int32)
+    return merge_best(best, part, start + places, places >= count)
+
+
+def _check_influence(influence: Any) -> None:
+    if not isinstance(influence, Influence):
+        raise TypeError(
+            f"influence: got a {type(influence).__name__}, expected an Influence(objective, params, inverse); of a "
+            "fitted InfluenceFunctionModel it is model.influence"
+        )
+
+
+def _queries(query: Any) -> tuple[list[Block], int]:
+    """Blocks of queries, and how many queries there are."""
+    rows = tree.count(query) if is_batch(query) else None
+    queries = list(Blocks(query, "query", rows))
+    return queries, queries[-1].start + queries[-1].count
+
+
+def _solved(influence: Influence, query: PyTree) -> PyTree:
+    factors, info = influence.solved(query)
+    report(info, influence.inverse, influence.throw)
+    return factors
+
+
+class _Factors:
+    """Factors of a block of queries, solved for when first needed, or found where they were kept."""
+
+    def __init__(self, influence: Influence, row: int, block: Block, table: Table) -> None:
+        self._influence, self._row, self._block, self._table = influence, row, block, table
+        self._factors: PyTree = None
+
+    def get(self) -> PyTree:
+        if self._factors is None:
+            params, count = tree.promote(self._influence.params), tree.count(self._block.batch)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), params)
+            kept = self._table.factors(self._row, like)
+            if kept is None:
+                kept = self._table.keep_factors(self._row, _solved(self._influence, self._block.batch))
+            self._factors = jax.tree.map(_placed_like, kept, self._influence.params)
+        return self._factors
+
+
+def _placed_like(stack: Any, leaf: Array) -> Array:
+    """Factors where the parameter is, so that kept ones meet the same program as new ones."""
+    sharding = leaf.sharding
+    if isinstance(stack, jax.Array) or not isinstance(sharding, jax.sharding.NamedSharding):
+        return jnp.asarray(stack)
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    return jax.device_put(stack, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def _fill(table: Table, row: int, queries: int, blocks: Blocks, compute: Callable[[PyTree], Array]) -> None:
+    """Compute what is not there yet; while one block is written the device is at the next."""
+    waiting: tuple[int, Block, Array, int] | None = None
+    for block in blocks:
+        if table.has(row, block):
+            continue
+        values = compute(block.batch)
+        if waiting is not None:
+            table.put(*waiting)
+        waiting = row, block, values, queries
+    if waiting is not None:
+        table.put(*waiting)
+
+
+@contextlib.contextmanager
+def _table(
+    sink: Any,
+    what: str,
+    influence: Influence,
+    queries: list[Block] | None,
+    count: int,
+    blocks: Blocks,
+) -> Iterator[Table]:
+    """Where scores go; a store is closed whatever happens, and others may then write."""
+    if sink is None:
+        yield Memory()
+        return
+    if not all(callable(getattr(sink, name, None)) for name in ("begin", "finished", "write", "finish", "close")):
+        raise TypeError(f"sink: got {sink!r}, expected influence_jax.store.ScoreStore.create(path), or None")
+    rows = 1 if queries is None else tree.count(queries[0].batch)
+    asked = None if queries is None else [block.host for block in queries]
+    try:
+        yield Stored(sink, describe(what, influence, asked), count, rows, blocks)
+    finally:
+        sink.close()
