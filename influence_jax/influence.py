@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import jax
 
 from . import tree
+from ._memory import explain_memory_errors
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_positive, chunk_for, map_chunks
@@ -36,6 +37,9 @@ from .scoring import (
 from .solvers import Info, Inverse, report, solve_with_info
 
 
+@explain_memory_errors(
+    "influences", "influence_factors", "influences_from_factors", "self_influences", "token_influences", "top_k"
+)
 @dataclass
 class Influence:
     r"""The interaction map between queries and training examples through an operator P.
@@ -296,7 +300,7 @@ class Influence:
         Returns:
           `(N,)`.
         """
-        values, info = _self_influences(self, as_batch(batch, "batch"))
+        values, info = self_solved(self, as_batch(batch, "batch"))
         report(info, self.inverse, self.throw)
         return values
 
@@ -375,6 +379,15 @@ def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[
     factors, info = solve_with_info(influence.inverse, tree.promote(grads))
     chunks = influence.chunk, influence.rhs_chunk
     return inner_products(influence.asked, influence.params, factors, query, *chunks), info
+
+
+def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
+    """`self_influences`, and how the solves went instead of warnings."""
+    if not influence.inverse.on_host:
+        return _self_influences(influence, batch)
+    grads = _query_grads(dataclasses.replace(influence, measurement=None), batch)
+    solved, info = solve_with_info(influence.inverse, grads)
+    return tree.dots(solved, grads), info
 
 
 @jax.jit

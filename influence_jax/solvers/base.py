@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import tree
+from .._memory import SOLVE_KNOBS, memory_errors
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import check_key
 from ..blocks import Block, select
 from ..curvature import LinearOperator
+from ..curvature.loops import refuse_tracing
 from ..curvature.operator import Scaled, Sum
 from .damping import RelativeDamping, check_damping, check_resolved, damped_product
 from .info import Info, solved, worst
@@ -120,8 +122,10 @@ class Inverse(LinearOperator):
           ValueError: If `v` is not shaped like the parameters.
         """
         tree.check_vector(v, self.space, "v")
+        refuse_tracing(self.op, v)
         return self.solver.apply(self.state, v) if self.on_host else _solve(self.solver, self.state, v)
 
+    @memory_errors("Inverse.solve_many", SOLVE_KNOBS)
     def solve_many(self, V: PyTree) -> tuple[PyTree, Info]:
         """Solutions for a stack, leaves `(K, *leaf)`; Info leaves `(K,)`.
 
@@ -129,6 +133,7 @@ class Inverse(LinearOperator):
           ValueError: If `V` is not a stack of vectors shaped like the parameters.
         """
         tree.check_stack(V, self.space, "V")
+        refuse_tracing(self.op, V)
         if self.on_host:
             return _solution(self.solver, self.state, V)
         return _solve_many(self.solver, self.state, V)
@@ -203,6 +208,7 @@ def check_solver(solver: object) -> None:
         )
 
 
+@memory_errors("invert", SOLVE_KNOBS)
 def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inverse:
     r"""Invert an operator: fit the solver once, then apply $(A + \lambda I)^{-1}$ as often as needed.
 

@@ -1,0 +1,4 @@
+"""Results of long computations on disk: interrupted at any moment they continue, and damage is found, never served."""
+
+from .scores import ScoreStore as ScoreStore
+from .states import load as load, save as save

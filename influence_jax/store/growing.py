@@ -1,0 +1,356 @@
+"""An array on disk that grows along its training axis, chunk by chunk, with a ledger of finished chunks."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+import numpy as np
+
+from .arrays import (
+    RECOMPUTE,
+    checksum,
+    chunk_file,
+    chunk_shape,
+    create_array,
+    grow,
+    open_array,
+    read_group,
+    read_region,
+    write_chunk,
+    write_group,
+)
+from .files import Ledger, Lock, writing
+
+Index = tuple[int, ...]
+
+
+class GrowingStore(abc.ABC):
+    """Manifest, array, ledgers and locks of a store; abstract.
+
+    A chunk counts once it is written, durable and in the ledger with a checksum; whatever is missing or damaged is
+    recomputed by a writer and refused to a reader.
+
+    Attributes:
+      holds: What is stored, which is also the name of the array.
+      kind: What tells this kind of store from others, in its manifest.
+      dimensions: Names of the axes, one of which is `"train"`.
+    """
+
+    holds: ClassVar[str]
+    kind: ClassVar[dict[str, Any]]
+    dimensions: ClassVar[tuple[str, ...]]
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._folder = self.path / self.holds
+        self._manifest: dict[str, Any] = {}
+        self._array: Any = None
+        # Of each chunk, the records of its finished contents by their checksum.
+        self._records: dict[Index, dict[str, dict[str, Any]]] = {}
+        self._lock: Lock | None = None
+        self._ledger: Ledger | None = None
+        self._process = 0
+
+    @abc.abstractmethod
+    def _shape(self, examples: int) -> Index:
+        """Shape of the array with so many training examples, by the manifest."""
+
+    @abc.abstractmethod
+    def _chunks(self) -> Index:
+        """Shape of a chunk, by the manifest."""
+
+    @classmethod
+    def create(cls, path: str | os.PathLike) -> Self:
+        """A place to write to: a new store, or one that is there and is continued.
+
+        Nothing is on disk until a computation begins to write.
+
+        Args:
+          path: Its folder.
+
+        Raises:
+          ValueError: If something else is there.
+        """
+        store = cls(path)
+        if store.path.exists() and not store.path.is_dir():
+            raise ValueError(f"path: {path} is a file, expected a folder for {cls.holds}; give another path")
+        if (store.path / "zarr.json").exists():
+            store._read_manifest()
+        elif store.path.is_dir():
+            names = sorted(entry.name for entry in store.path.iterdir())
+            # An interruption can leave these before the store is begun.
+            others = [name for name in names if not name.startswith(("lock-", ".zarr.json"))]
+            if others:
+                raise ValueError(
+                    f"path: {path} is a folder with {others[:3]} in it and without a manifest of {cls.holds}; give "
+                    "another path, or empty it"
+                )
+        return store
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Self:
+        """What is on disk, for reading; of an unfinished computation as far as it is.
+
+        Args:
+          path: Its folder.
+
+        Raises:
+          FileNotFoundError: If there is no store.
+          ValueError: If it is damaged.
+        """
+        store = cls(path)
+        store._read_manifest()
+        store._read_ledgers()
+        store._array = open_array(store._folder)
+        store._check_array(store._array)
+        return store
+
+    def _begin(self, wanted: Mapping[str, Any], process: int) -> None:
+        """Start to write, or continue, what the manifest says."""
+        wanted = json.loads(json.dumps({**self.kind, **wanted}))
+        self.close()
+        if process == 0:
+            with writing(self.holds, self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+        self._process, self._lock = process, Lock(self.path / f"lock-{process}")
+        try:
+            if process == 0 and not (self.path / "zarr.json").exists():
+                write_group(self.path, {**wanted, "complete": False})
+            self._read_manifest()
+            have = {key: value for key, value in self._manifest.items() if key not in ("complete", "examples")}
+            told = differences(have, wanted, "now")
+            if told:
+                raise ValueError(
+                    f"{self.path}: holds {self.holds} of another computation ({told}); give another path, or the "
+                    "arguments and versions of before"
+                )
+            self._read_ledgers()
+            self._array = self._shared_array()
+            self._ledger = Ledger(self.path / f"ledger-{process}.jsonl")
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_manifest(self) -> None:
+        manifest = read_group(self.path, f"store of {self.holds}")
+        got = {key: manifest.get(key) for key in self.kind}
+        if got != self.kind:
+            raise ValueError(f"{self.path}: holds {got}, expected a store of {self.kind}; give another path")
+        self._manifest = manifest
+
+    def _read_ledgers(self) -> None:
+        self._records = {}
+        for file in sorted(self.path.glob("ledger-*.jsonl")):
+            for record in Ledger(file).records:
+                self._remember(record)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        self._records.setdefault(tuple(record["chunk"]), {})[record["entries"]] = record
+
+    def _shared_array(self) -> Any:
+        """The array; its description says nothing the manifest and the ledgers do not, so it is made again if lost."""
+        try:
+            array = open_array(self._folder)
+            self._check_array(array)
+        except (FileNotFoundError, ValueError):
+            if self._process != 0:
+                raise
+            with writing(self.holds, self._folder):
+                (self._folder / "zarr.json").unlink(missing_ok=True)
+            dtype = self._manifest["dtype"]
+            array = create_array(self._folder, self._shape(self._extent), dtype, self._chunks(), self.dimensions)
+        return grow(self._folder, array, self._shape(self._extent))
+
+    def _check_array(self, array: Any) -> None:
+        """Raise if the array's description is not what the manifest says."""
+        about, grown = self._manifest, array.shape[self._train] if array.rank == len(self.dimensions) else 0
+        examples = about["examples"] if about["complete"] else max(self._extent, grown)
+        expected = self._shape(examples), self._chunks(), about["dtype"]
+        got = tuple(array.shape), chunk_shape(array), array.dtype.name
+        if got != expected:
+            raise ValueError(
+                f"{self._folder / 'zarr.json'}: is damaged: shape, chunks and dtype are {got}, the manifest says "
+                f"{expected}; run the same command again to write it anew"
+            )
+
+    @property
+    def _train(self) -> int:
+        """The axis of training examples."""
+        return self.dimensions.index("train")
+
+    @property
+    def _extent(self) -> int:
+        """How many training examples the finished chunks reach."""
+        ends = (record["start"] + record["rows"] for found in self._records.values() for record in found.values())
+        return max(ends, default=0)
+
+    def _indices(self, examples: int) -> list[Index]:
+        """All chunks of so many training examples."""
+        pairs = zip(self._shape(examples), self._chunks(), strict=True)
+        return list(itertools.product(*(range(-(-length // size)) for length, size in pairs)))
+
+    def _write(self, index: Index, values: np.ndarray, data: str) -> None:
+        """Write a chunk; it is durable and counts as finished on return."""
+        ledger, chunks = self._require_writer(), self._chunks()
+        start, dtype = index[self._train] * chunks[self._train], self.dtype
+        rows = values.shape[self._train] if values.ndim == len(chunks) else 0
+        whole = self._shape(start + rows)
+        corners = zip(index, chunks, whole, strict=True)
+        inside = [min(size, length - place * size) for place, size, length in corners]
+        if values.dtype != dtype or values.shape != tuple(inside) or rows == 0:
+            expected = [size if axis != self._train else f"1 to {size}" for axis, size in enumerate(chunks)]
+            raise ValueError(
+                f"{self.holds}: got {values.dtype} {values.shape} for chunk {index}, expected {dtype} {tuple(expected)}"
+            )
+        self._array = grow(self._folder, self._array, self._shape(start + rows))
+        write_chunk(self._folder, self._array, index, values)
+        record = {"chunk": list(index), "start": start, "rows": rows, "data": data, "entries": checksum(values)}
+        ledger.append(record)
+        self._remember(record)
+
+    def _read(self, index: Index) -> tuple[np.ndarray, dict[str, Any]]:
+        """A finished chunk, and its record; ValueError if it is not finished, missing or damaged."""
+        file, chunks = chunk_file(self._folder, index), self._chunks()
+        for record in self._records.get(index, {}).values():
+            shape = self._shape(record["start"] + record["rows"])
+            corners = zip(index, chunks, shape, strict=True)
+            bounds = [(place * size, min((place + 1) * size, length)) for place, size, length in corners]
+            values = read_region(self._folder, self._array, bounds)
+            if checksum(values) == record["entries"]:
+                return values, record
+        if index not in self._records:
+            raise ValueError(f"{file}: this chunk is not finished; run the same command again to compute it")
+        raise ValueError(f"{file}: this chunk holds other {self.holds} than those that were finished; {RECOMPUTE}")
+
+    def _read_whole(self, index: Index) -> np.ndarray:
+        """A chunk with all of its training examples."""
+        values, record = self._read(index)
+        rows = min(self._chunks()[self._train], self.shape[self._train] - record["start"])
+        if record["rows"] != rows:
+            file = chunk_file(self._folder, index)
+            raise ValueError(f"{file}: this chunk is finished up to {record['rows']} of {rows} examples; {RECOMPUTE}")
+        return values
+
+    def _finished(self, index: Index) -> str | None:
+        """Fingerprint of the batch that a chunk was computed from; None if it is to be computed."""
+        self._require_writer()
+        try:
+            return self._read(index)[1]["data"]
+        except ValueError:  # missing or damaged
+            return None
+
+    def finish(self, examples: int) -> None:
+        """Say that all is computed; of several processes the first does, after the others wrote theirs.
+
+        Args:
+          examples: N.
+
+        Raises:
+          ValueError: If a chunk is not finished.
+          OSError: If it cannot be written.
+        """
+        self._require_writer()
+        if self._process != 0:
+            return
+        self._read_ledgers()
+        wanted = self._indices(examples)
+        missing = [index for index in wanted if index not in self._records]
+        if missing or self._extent != examples or not set(self._records) <= set(wanted):
+            raise ValueError(
+                f"examples: got {examples}, but the chunks that are finished hold {self._extent} and lack "
+                f"{missing[:3] or 'none'}; {RECOMPUTE}"
+            )
+        self._array = grow(self._folder, open_array(self._folder), self._shape(examples))
+        if tuple(self._array.shape) != self._shape(examples):  # grown for a chunk that was never finished
+            with writing(f"the shape of the {self.holds}", self._folder):
+                self._array = self._array.resize(exclusive_max=self._shape(examples)).result()
+        finished = {**self._manifest, "complete": True, "examples": examples}
+        if finished != self._manifest:
+            write_group(self.path, finished)
+            self._manifest = finished
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was computed from what."""
+        return dict(self._manifest)
+
+    @property
+    def shape(self) -> Index:
+        """Of the array, with as many training examples as there are so far."""
+        self._require_array()
+        return tuple(self._array.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        self._require_array()
+        return jnp.dtype(self._manifest["dtype"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether all was computed."""
+        if not self._manifest.get("complete"):
+            return False
+        return all(index in self._records for index in self._indices(self._manifest["examples"]))
+
+    def close(self) -> None:
+        """Let others write; safe to call twice."""
+        for held in (self._ledger, self._lock):
+            if held is not None:
+                held.close()
+        self._ledger = self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _require_array(self) -> None:
+        if self._array is None:
+            raise ValueError(f"{self.path}: nothing is written yet; give the store to the computation first")
+
+    def _require_writer(self) -> Ledger:
+        if self._ledger is None:
+            name = type(self).__name__
+            raise ValueError(f"{self.path}: is not being written; give {name}.create(path) to the computation")
+        return self._ledger
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}({os.fspath(self.path)!r}"
+        if self._array is None:
+            return f"{name}, not begun)"
+        indices = self._indices(self.shape[self._train])
+        done = sum(index in self._records for index in indices)
+        state = "complete" if self.complete else f"{done} of {len(indices)} chunks so far"
+        return f"{name}, {' x '.join(map(str, self.shape))} {self.dtype}, {state})"
+
+
+def differences(have: Mapping[str, Any], wanted: Mapping[str, Any], now: str) -> str:
+    """What differs between two manifests, in words; entries of inner dicts one by one.
+
+    Example:
+      >>> differences({"dim": 8, "versions": {"jax": "0.9"}}, {"dim": 9, "versions": {"jax": "0.9"}}, "now")
+      'dim: 8 in the store, 9 now'
+    """
+    before, after = _flat(have), _flat(wanted)
+    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    told: Sequence[str] = [f"{key}: {before.get(key)} in the store, {after.get(key)} {now}" for key in differing]
+    return "; ".join(told)
+
+
+def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in manifest.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key} ")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
+    return flat
