@@ -6,6 +6,7 @@ from .averages import (
     PointAveraging as PointAveraging,
     accumulate as accumulate,
 )
+from .gradients import gradients as gradients
 from .inverse import invert as invert
 from .kronecker import ekfac as ekfac, kfac as kfac
 from .operators import Streamed as Streamed

@@ -3,7 +3,7 @@ r"""K-FAC and EK-FAC of data that are read batch by batch."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import partial, reduce
 
 import jax
 
@@ -140,16 +140,10 @@ class _Fit:
         eigenvalues: bool,
     ) -> Kronecker:
         blocks = Blocks(self.loader, "loader", batch_size, sharding, progress)
-        total = None
-        for block in blocks:
-            summed = _moments(self._fisher(block), self.recipe)
-            total = summed if total is None else _added(total, summed)
+        total = reduce(_added, (_moments(self._fisher(block), self.recipe) for block in blocks))
         fitted = _eigenbases(self.params, total)
         if eigenvalues:
-            total = None
-            for block in blocks:
-                summed = _squares(self._fisher(block), self.recipe, fitted)
-                total = summed if total is None else _added(total, summed)
+            total = reduce(_added, (_squares(self._fisher(block), self.recipe, fitted) for block in blocks))
             fitted = _corrected(fitted, *total)
         check_fitted(fitted, self.recipe)
         return fitted

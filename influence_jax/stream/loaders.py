@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import tree
 from .._progress import track
-from .._typing import PyTree
+from .._typing import Array, PyTree
 from ..batching import Batch, batch_size, check_batch, check_finite, check_positive, describe
 from .processes import agree, check_counts, local_rows
 
@@ -132,9 +132,9 @@ class Block(NamedTuple):
     batch: PyTree
     host: PyTree
 
-    def weights(self, dtype: np.dtype) -> np.ndarray:
+    def weights(self, dtype: np.dtype) -> Array:
         """One for each example, zero for the rows beyond, `(rows,)`."""
-        return (np.arange(tree.count(self.batch)) < self.count).astype(dtype)
+        return jnp.asarray(np.arange(tree.count(self.batch)) < self.count, dtype)
 
 
 class Blocks:

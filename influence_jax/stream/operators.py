@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .. import blocks, tree
 from .._pytree import dataclass, static
@@ -115,7 +114,7 @@ def _can_mask(op: LinearOperator) -> bool:
     return isinstance(op, (OverData, *CONSTANT))
 
 
-def _masked(op: LinearOperator, mask: np.ndarray, number: int) -> LinearOperator:
+def _masked(op: LinearOperator, mask: Array, number: int) -> LinearOperator:
     """The operator with a weight for each example, and labels drawn anew in every block."""
 
     def weighted(part: Any) -> Any:
@@ -142,7 +141,8 @@ def _traces(op: LinearOperator, key: Key | None) -> Array:
 def _mass(op: LinearOperator) -> Array:
     """How much a term counts: by its weights, or by its examples."""
     if isinstance(op, OverData):
-        return jnp.sum(op.weights) if op.total is None else op.total
+        weights = jnp.ones(op.count, wide_dtype(op.space)) if op.weights is None else op.weights
+        return jnp.sum(weights) if op.total is None else op.total
     return jnp.ones((), wide_dtype(op.space))
 
 

@@ -39,7 +39,8 @@ def local_rows(sharding: jax.sharding.Sharding | None, rows: int, name: str) -> 
     """
     if jax.process_count() == 1 or sharding is None or sharding.is_fully_addressable:
         return slice(0, rows)
-    parts = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()}
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    parts = {index[0].indices(rows)[:2] for index in indices if index is not None}
     start, stop = min(part[0] for part in parts), max(part[1] for part in parts)
     share, mine = rows // jax.process_count(), jax.process_index()
     if rows % jax.process_count() or (start, stop) != (mine * share, (mine + 1) * share):

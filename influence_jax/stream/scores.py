@@ -190,7 +190,7 @@ def top_k(
     check_positive(k, "k")
     queries, _ = _queries(query)
     blocks = Blocks(loader, "loader", batch_size, sharding, progress)
-    found = []
+    found: list[Any] = []
     with together():
         for row in queries:
             factors = _solved(influence, row.batch)
@@ -199,10 +199,11 @@ def top_k(
             for block in blocks:
                 part = _up(influence, factors, block.batch)
                 best = _merged(best, part, np.int32(block.start), np.int32(block.count))
-            found.append(jax.tree.map(lambda x, n=row.count: to_host(x)[:n], best.top_k()))
+            found.append([to_host(x)[: row.count] for x in best.top_k()])
     if k > (blocks.examples or 0):
         raise ValueError(f"k: got {k}, expected between 1 and {blocks.examples}, the number of examples in the loader")
-    return TopK(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    values, indices = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return TopK(values, indices)  # type: ignore[arg-type]  # arrays of NumPy
 
 
 @jax.jit

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from .._typing import Array, PyTree
 from ..curvature.exact import OverData
 from ..influence import Influence
 from ..solvers import Inverse
+from ..store.files import fingerprint
 from .loaders import Block, Blocks
 from .processes import agree, to_host
 
@@ -65,50 +68,86 @@ class Memory:
         return np.concatenate([np.concatenate(self._rows[row], axis=1) for row in sorted(self._rows)])
 
 
+class Shares:
+    """Which chunks of a store this process writes, and from which examples they are."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self.rows = blocks.local.stop - blocks.local.start
+        self.processes = jax.process_count() if blocks.several else 1
+        self.process = jax.process_index() if blocks.several else 0
+        if jax.process_count() > 1 and not blocks.several:
+            raise ValueError("sharding: several processes write one store only if the sharding spans all of them")
+
+    def begin(self, begin: Callable[..., None]) -> None:
+        """Process 0 begins first, because it makes what is shared."""
+        if self.process == 0:
+            begin(process=0)
+        agree(0)
+        if self.process != 0:
+            begin(process=self.process)
+
+    def number(self, block: Block) -> int:
+        """Of this process's chunk of a block."""
+        return block.number * self.processes + self.process
+
+    def count(self, block: Block) -> int:
+        """How many examples of a block are this process's."""
+        return int(np.clip(block.count - self._blocks.local.start, 0, self.rows))
+
+    def data(self, block: Block) -> str:
+        """Fingerprint of them."""
+        return fingerprint(block.host)
+
+    def has(self, store: Any, block: Block, finished: Callable[[int], str | None]) -> bool:
+        """Whether every process has finished its chunk, and from the same examples."""
+        done, count = True, self.count(block)
+        if count:
+            before = finished(self.number(block))
+            done = before is not None
+            if done and before != self.data(block):
+                start = block.start + self._blocks.local.start
+                raise ValueError(
+                    f"{self._blocks.name}: examples {start} to {start + count} are not those that {store!r} was "
+                    "computed from; give the data of before in the same order, or another path"
+                )
+        return bool(agree(int(done)).all())
+
+    def local(self, values: Array, axis: int) -> np.ndarray:
+        """This process's part of an array that is spread over several along its examples."""
+        if self.processes == 1:
+            return np.asarray(values)
+        sharding = self._blocks.sharding
+        assert isinstance(sharding, jax.sharding.NamedSharding)
+        spec = jax.sharding.PartitionSpec(*[None] * axis, *sharding.spec[:1])
+        values = jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(sharding.mesh, spec))(values)
+        size = self._blocks.rows
+        parts = {shard.index[axis].indices(size)[0]: shard.data for shard in values.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=axis)
+
+    def finish(self, finish: Callable[[int], None], examples: int) -> None:
+        """Once every process has written what is its."""
+        agree(0)
+        finish(examples)
+        agree(0)
+
+
 class Stored:
     """Scores in a store."""
 
     def __init__(self, store: Any, manifest: dict[str, Any], queries: int, query_rows: int, blocks: Blocks) -> None:
-        from ..store.files import fingerprint  # files and their libraries are needed where there is a store only
-
-        self._store, self._blocks, self._fingerprint = store, blocks, fingerprint
-        self._local = blocks.local.stop - blocks.local.start
-        self._processes = jax.process_count() if blocks.several else 1
-        sizes = {"queries": queries, "query_rows": query_rows, "train_rows": self._local, "dtype": manifest["dtype"]}
-        if jax.process_index() == 0:
-            store.begin(manifest, **sizes)
-        agree(0)  # what is shared is there now
-        if jax.process_index() != 0:
-            if self._processes == 1:
-                raise ValueError("sharding: several processes write one store only if the sharding spans all of them")
-            store.begin(manifest, **sizes, process=jax.process_index())
-
-    def _column(self, block: Block) -> int:
-        return block.number * self._processes + (jax.process_index() if self._processes > 1 else 0)
-
-    def _mine(self, block: Block) -> int:
-        """How many examples of a block are this process's."""
-        return int(np.clip(block.count - self._blocks.local.start, 0, self._local))
+        self._store, self._shares = store, Shares(blocks)
+        sizes = {"queries": queries, "query_rows": query_rows, "train_rows": self._shares.rows}
+        self._shares.begin(partial(store.begin, manifest, **sizes, dtype=manifest["dtype"]))
 
     def has(self, row: int, block: Block) -> bool:
-        done, count = True, self._mine(block)
-        if count:
-            before = self._store.finished(row, self._column(block))
-            done = before is not None
-            if done and before != self._fingerprint(block.host):
-                start = block.start + self._blocks.local.start
-                raise ValueError(
-                    f"{self._blocks.name}: examples {start} to {start + count} are not those that the scores in "
-                    f"{self._store!r} were computed from; give the data of before in the same order, or another path"
-                )
-        return bool(agree(int(done)).all())
+        return self._shares.has(self._store, block, partial(self._store.finished, row))
 
     def put(self, row: int, block: Block, values: Array, queries: int) -> None:
-        count = self._mine(block)
+        part, count = self._shares.local(values, axis=1), self._shares.count(block)
         if count:
-            part = _local_columns(values, self._blocks) if self._processes > 1 else np.asarray(values)
-            fingerprint = self._fingerprint(block.host)
-            self._store.write(row, self._column(block), part[:queries, :count], data=fingerprint)
+            number, data = self._shares.number(block), self._shares.data(block)
+            self._store.write(row, number, part[:queries, :count], data=data)
 
     def factors(self, row: int, like: PyTree) -> PyTree | None:
         found = self._store.load_factors(row, like)
@@ -120,55 +159,41 @@ class Stored:
         return kept
 
     def finish(self, examples: int) -> Any:
-        agree(0)  # every process has written what is its
-        self._store.finish(examples)
-        agree(0)
+        self._shares.finish(self._store.finish, examples)
         return self._store
-
-
-def _local_columns(values: Array, blocks: Blocks) -> np.ndarray:
-    """This process's columns of scores that are spread over several."""
-    sharding = blocks.sharding
-    assert isinstance(sharding, jax.sharding.NamedSharding)
-    spread = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec[:1]))
-    values = jax.jit(lambda x: x, out_shardings=spread)(values)
-    parts = {shard.index[1].indices(blocks.rows)[0]: shard.data for shard in values.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=1)
 
 
 def describe(what: str, influence: Influence, queries: list[PyTree] | None) -> dict[str, Any]:
     """All that makes scores comparable."""
-    from ..store.files import fingerprint
-
     inverse = influence.inverse
-    solver = inverse.solver if isinstance(inverse, Inverse) else None
-    over_data = [
-        part
-        for part in jax.tree.leaves(getattr(inverse, "op", inverse), is_leaf=lambda x: isinstance(x, OverData))
-        if isinstance(part, OverData)
-    ]
+    op, solver = (inverse.op, inverse.solver) if isinstance(inverse, Inverse) else (inverse, None)
+    parts = jax.tree.leaves(op, is_leaf=lambda x: isinstance(x, OverData))
+    over_data = [(part.data, part.weights) for part in parts if isinstance(part, OverData)]
     return {
-        "what": what,
-        "params": fingerprint(jax.tree.map(to_host, influence.params)),
+        **describe_gradients(what, influence.objective, influence.params),
         "query": None if queries is None else fingerprint(queries),
-        "objective": _named(influence.objective),
-        "measurement": None if influence.measurement is None else _named(influence.measurement),
-        "curvature": _named(getattr(inverse, "op", inverse)),
-        "curvature_data": fingerprint([(part.data, part.weights) for part in over_data]) if over_data else None,
-        "solver": None if solver is None else _named(solver),
-        "damping": None if solver is None else _named(getattr(solver, "damping", None)),
-        "sign": "positive: training on the example lowers the loss of the query",
+        "measurement": None if influence.measurement is None else named(influence.measurement),
+        "curvature": named(op),
+        "curvature_data": fingerprint(over_data) if over_data else None,
+        "solver": None if solver is None else named(solver),
+        "damping": None if solver is None else named(getattr(solver, "damping", None)),
         "units": "gradient of the query, inverse curvature of the mean loss, gradient of the example; no factor 1/N",
-        "dtype": np.dtype(tree.accumulation_dtype(*(x.dtype for x in jax.tree.leaves(influence.params)))).name,
-        "versions": {
-            "influence_jax": version("influence-jax"),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-            "numpy": np.__version__,
-        },
     }
 
 
-def _named(thing: Any) -> str:
+def describe_gradients(what: str, objective: Any, params: PyTree) -> dict[str, Any]:
+    """All that makes gradients comparable."""
+    names = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+    return {
+        "what": what,
+        "params": fingerprint(jax.tree.map(to_host, params)),
+        "objective": named(objective),
+        "sign": "positive inner product: training on the example lowers the loss of the query",
+        "dtype": np.dtype(tree.accumulation_dtype(*(x.dtype for x in jax.tree.leaves(params)))).name,
+        "versions": {"influence_jax": version("influence-jax"), **names},
+    }
+
+
+def named(thing: Any) -> str:
     """Its description, without addresses in memory, which differ from run to run."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
