@@ -15,7 +15,7 @@ from ..curvature.capabilities import wide_dtype
 from ..curvature.kfac import as_recipe, check_fitted, keyed_fisher
 from ..curvature.kronecker_fit import Mask, Recipe, corrected, eigenbases, moment_sums, square_sums
 from ..objective import Objective
-from .loaders import Block, Blocks
+from .loaders import Block, Blocks, paced
 
 
 def kfac(
@@ -140,11 +140,11 @@ class _Fit:
         eigenvalues: bool,
     ) -> Kronecker:
         blocks = Blocks(self.loader, "loader", batch_size, sharding, progress)
-        total = reduce(_added, (_moments(self._fisher(block), self.recipe) for block in blocks))
+        total = reduce(_added, paced(_moments(self._fisher(block), self.recipe) for block in blocks))
         fitted = _eigenbases(self.params, total)
         if eigenvalues:
-            total = reduce(_added, (_squares(self._fisher(block), self.recipe, fitted) for block in blocks))
-            fitted = _corrected(fitted, *total)
+            squares = paced(_squares(self._fisher(block), self.recipe, fitted) for block in blocks)
+            fitted = _corrected(fitted, *reduce(_added, squares))
         check_fitted(fitted, self.recipe)
         return fitted
 

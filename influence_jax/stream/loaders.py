@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from .._progress import track
 from .._typing import Array, PyTree
 from ..batching import Batch, batch_size, check_batch, check_finite, check_positive, describe
 from .processes import agree, check_counts, local_rows
+
+T = TypeVar("T")
 
 # Rows of a block cut from arrays that are given whole.
 DEFAULT_ROWS = 512
@@ -276,6 +278,16 @@ class Blocks:
 
 def _zeros(x: np.ndarray, rows: int) -> np.ndarray:
     return np.zeros((rows, *x.shape[1:]), x.dtype)
+
+
+def paced(results: Iterable[T]) -> Iterator[T]:
+    """Results as they are dispatched, at most two ahead of the device, so that batches do not pile up there."""
+    before = None
+    for result in results:
+        if before is not None:
+            jax.block_until_ready(before)
+        before = result
+        yield result
 
 
 def _rows(batch: PyTree, start: int, stop: int) -> PyTree:

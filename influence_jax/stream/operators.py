@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from ..curvature.exact import OverData
 from ..curvature.fisher import Keyed
 from ..curvature.loops import refuse_tracing
 from ..objective import LossOnly, Objective, as_objective
-from .loaders import Blocks
+from .loaders import Blocks, paced
 
 Curvature = Callable[[Any, PyTree, PyTree], LinearOperator]
 # What has no data, and is the same for every batch.
@@ -65,15 +65,15 @@ class Streamed(LinearOperator):
         refuse_tracing(self, V)
         return tree.cast_like(self._mean(_product, tree.promote(V)), V)
 
-    def parts(self) -> Iterator[LinearOperator]:
-        """The operator on every block of the loader, in one pass; rows beyond the examples have weight zero."""
+    def parts(self) -> Iterator[tuple[LinearOperator, int]]:
+        """The operator on every block of the loader, and its examples; rows beyond them have weight zero."""
         for block in self.source:
             op = self._on(block.batch)
             if block.count < tree.count(block.batch) and not all(map(_can_mask, _terms(op))):
                 batch = jax.tree.map(lambda x, count=block.count: x[:count], block.batch)
-                yield self._on(batch)
+                yield self._on(batch), block.count
             else:
-                yield _masked(op, block.weights(wide_dtype(self.params)), block.number)
+                yield _masked(op, block.weights(wide_dtype(self.params)), block.number), block.count
 
     def _on(self, batch: PyTree) -> LinearOperator:
         op = self.curvature(self.objective, self.params, batch)
@@ -81,11 +81,8 @@ class Streamed(LinearOperator):
 
     def _mean(self, product: Callable[..., PyTree], *arguments: Any) -> PyTree:
         """The mean of something linear in the operator."""
-        total = None
-        for op in self.parts():
-            summed = _sums(op, arguments, product)
-            total = summed if total is None else _added(total, summed)
-        return _divided(total)
+        sums = paced(_sums(op, count, arguments, product) for op, count in self.parts())
+        return _divided(reduce(_added, sums))
 
     def __repr__(self) -> str:
         name = getattr(getattr(self.curvature, "func", self.curvature), "__name__", repr(self.curvature))
@@ -96,7 +93,7 @@ def operator(curvature: Curvature, objective: Objective | LossFunction, params: 
     """Curvature over a loader, after trying it on the first block."""
     params, objective = tree.check_params(params), as_objective(objective)
     op = Streamed(objective, params, curvature, source)
-    first = next(op.parts())
+    first, _ = next(op.parts())
     if not isinstance(first, LinearOperator):
         raise TypeError(f"curvature: returned a {type(first).__name__}, expected a LinearOperator such as GGN(...)")
     tree.check_vector(first.space, params, "params, against the space of curvature")
@@ -138,16 +135,18 @@ def _traces(op: LinearOperator, key: Key | None) -> Array:
     return trace(op, key=key)
 
 
-def _mass(op: LinearOperator) -> Array:
+def _mass(op: LinearOperator, count: Array) -> Array:
     """How much a term counts: by its weights, or by its examples."""
     if isinstance(op, OverData):
         weights = jnp.ones(op.count, wide_dtype(op.space)) if op.weights is None else op.weights
         return jnp.sum(weights) if op.total is None else op.total
-    return jnp.ones((), wide_dtype(op.space))
+    return jnp.asarray(count, wide_dtype(op.space))
 
 
 @partial(jax.jit, static_argnames="product")
-def _sums(op: LinearOperator, arguments: tuple, product: Callable[..., PyTree]) -> list[tuple[PyTree, Array]]:
+def _sums(
+    op: LinearOperator, count: Array | int, arguments: tuple, product: Callable[..., PyTree]
+) -> list[tuple[PyTree, Array]]:
     """Of every term, what is linear in it times its mass, and the mass."""
 
     def term_sums(term: LinearOperator, factor: Array | float) -> list[tuple[PyTree, Array]]:
@@ -155,7 +154,7 @@ def _sums(op: LinearOperator, arguments: tuple, product: Callable[..., PyTree]) 
             return [pair for part in term.terms for pair in term_sums(part, factor)]
         if isinstance(term, Scaled):
             return term_sums(term.op, factor * term.factor)
-        mass = _mass(term)
+        mass = _mass(term, count)
         return [(tree.scale(mass, tree.scale(factor, product(term, *arguments))), mass)]
 
     return term_sums(op, 1.0)

@@ -16,7 +16,7 @@ from ..batching import check_positive
 from ..influence import Influence, _up, self_solved
 from ..scoring import Best, TopK, merge_best
 from ..solvers import report
-from .loaders import Block, Blocks, is_batch
+from .loaders import Block, Blocks, is_batch, paced
 from .processes import to_host, together
 from .tables import Memory, Stored, Table, describe
 
@@ -196,9 +196,8 @@ def top_k(
             factors = _solved(influence, row.batch)
             dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
             best = Best.none(tree.count(row.batch), k, dtype)
-            for block in blocks:
-                part = _up(influence, factors, block.batch)
-                best = _merged(best, part, np.int32(block.start), np.int32(block.count))
+            for start, count, part in paced((b.start, b.count, _up(influence, factors, b.batch)) for b in blocks):
+                best = _merged(best, part, np.int32(start), np.int32(count))
             found.append([to_host(x)[: row.count] for x in best.top_k()])
     if k > (blocks.examples or 0):
         raise ValueError(f"k: got {k}, expected between 1 and {blocks.examples}, the number of examples in the loader")
