@@ -72,9 +72,9 @@ def memory_errors(what: str, knobs: str = SCORE_KNOBS) -> Iterator[None]:
     """Raise a `MemoryError` that says what to change, from any error that says that memory ran out.
 
     Covers whatever is raised while the host runs the block: reading arrays in, compiling, dispatch, and waiting for
-    results that the block itself reads, such as how solves went.  Programs run asynchronously, so an allocation may
-    also fail after the block was left; that error is raised, unchanged, where the result is first read.  Waiting here
-    instead would keep the host from preparing the next call.
+    results that the block itself reads, such as how solves went.  Programs run asynchronously: where a backend
+    allocates while a program runs, as on CPU, an error that nothing in the block waits for is raised, unchanged, where
+    the result is first read.  Waiting here instead would keep the host from preparing the next call.
 
     Args:
       what: What was computed, e.g. `"Influence.influences"`.

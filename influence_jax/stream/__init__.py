@@ -10,7 +10,7 @@ from .gradients import gradients as gradients
 from .inverse import invert as invert
 from .kronecker import ekfac as ekfac, kfac as kfac
 from .operators import Streamed as Streamed, operator as operator
-from .processes import share as share
+from .processes import connect as connect, share as share
 from .scores import (
     influence_factors as influence_factors,
     scores as scores,

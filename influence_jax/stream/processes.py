@@ -13,6 +13,36 @@ from .. import tree
 from .._typing import Array, PyTree
 
 
+def connect(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, timeout: float = 60
+) -> None:
+    """Join the other processes, before anything else is asked of JAX; that of a process that stops is told to all.
+
+    `jax.distributed.initialize` with limits that are short enough for people: whoever dies, or raises, makes the others
+    stop with an error after at most `timeout` seconds, instead of hanging.
+
+    Args:
+      coordinator: `"address:port"` of process 0; found out on TPU, Slurm and other clusters if None.
+      processes: How many there are; found out if None.
+      process: Which one this is; found out if None.
+      timeout: Seconds until a process that is not heard of counts as dead.
+
+    Raises:
+      ValueError: If the timeout is not a positive number.
+      RuntimeError: If the others are not reached, or JAX is in use already.
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout: got {timeout}, expected a positive number of seconds")
+    limit = max(1, round(timeout))
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        heartbeat_timeout_seconds=limit,
+        shutdown_timeout_seconds=limit,
+    )
+
+
 def agree(*values: int) -> np.ndarray:
     """What every process says, `(processes, len(values))`; waits for all of them."""
     if jax.process_count() == 1:
