@@ -23,6 +23,7 @@ def work(arguments: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
     import optax
+    from jax.experimental import multihost_utils
     from sklearn.datasets import load_digits
 
     import influence_jax as ij
@@ -40,7 +41,7 @@ def work(arguments: argparse.Namespace) -> None:
         lambda logits, z: jax.nn.logsumexp(logits) - logits[z["y"]],
     )
 
-    # Every process trains the same small model; a large one would be loaded, sharded over the mesh.
+    # A small model, trained by each and taken from the first; a large one would be loaded, sharded over the mesh.
     @jax.jit
     def fit(data: dict) -> dict:
         optimizer = optax.adam(0.03)
@@ -53,7 +54,7 @@ def work(arguments: argparse.Namespace) -> None:
 
         return jax.lax.scan(step, (params, optimizer.init(params)), length=200)[0][0]
 
-    params = jax.tree.map(np.asarray, fit(train))
+    params = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(fit(train)))
 
     # Only the process's own rows are read; with files larger than memory `train` would be memory maps.
     loader = ij.stream.share(train, batch_size=256)
@@ -65,7 +66,9 @@ def work(arguments: argparse.Namespace) -> None:
     best = ij.stream.top_k(influence, query, loader, 5, **options)
     if jax.process_index() == 0:
         same = np.mean(train["y"][best.indices] == query["y"][:, None])
-        print(f"{jax.process_count()} processes, {jax.device_count()} devices: {ij.store.ScoreStore.open(arguments.out)}")
+        print(
+            f"{jax.process_count()} processes, {jax.device_count()} devices: {ij.store.ScoreStore.open(arguments.out)}"
+        )
         print(f"{same:.0%} of the 5 most helpful examples of each query show the same digit, a tenth of all do")
 
 
