@@ -88,6 +88,7 @@ LAYERS = [
         "stream.gradients",
         "stream",
     ],
+    ["_footprint", "planning"],
     ["general"],
     [""],
 ]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
+from .._memory import memory_errors
 from .._typing import LossFunction, PyTree
 from ..objective import Objective, as_objective
 from ..projections import Projection
@@ -18,6 +19,7 @@ from .processes import together
 from .tables import Shares, describe_gradients
 
 
+@memory_errors("stream.gradients")
 def gradients(
     objective: Objective | LossFunction,
     params: PyTree,

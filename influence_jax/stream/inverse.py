@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
+from .._memory import memory_errors
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
 from ..curvature import LinearOperator, ekfac as ekfac_in_memory, kfac as kfac_in_memory, to_dense, trace
@@ -25,6 +26,7 @@ from .operators import Curvature, operator
 KRONECKER = {kfac_in_memory: kfac, ekfac_in_memory: ekfac}
 
 
+@memory_errors("stream.invert")
 def invert(
     curvature: Curvature,
     objective: Objective | LossFunction,

@@ -8,6 +8,7 @@ from functools import partial, reduce
 import jax
 
 from .. import tree
+from .._memory import memory_errors
 from .._typing import Key, LossFunction, PyTree
 from ..capture import MAX_SIDE
 from ..curvature import EmpiricalFisher, Kronecker
@@ -18,6 +19,7 @@ from ..objective import Objective
 from .loaders import Block, Blocks, paced
 
 
+@memory_errors("stream.kfac")
 def kfac(
     objective: Objective | LossFunction,
     params: PyTree,
@@ -67,6 +69,7 @@ def kfac(
     return fit.run(batch_size, sharding, progress, eigenvalues=False)
 
 
+@memory_errors("stream.ekfac")
 def ekfac(
     objective: Objective | LossFunction,
     params: PyTree,

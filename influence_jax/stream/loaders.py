@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -81,14 +82,23 @@ def checked(batch: PyTree, name: str) -> PyTree:
 
     Whatever numpy can read is an array here, e.g. a tensor of another framework.
     """
-    batch = jax.tree.map(lambda x: np.asarray(x) if _is_foreign(x) else x, batch)
+    batch = jax.tree.map(partial(_as_numpy, name), batch)
     check_batch(batch, name)
     check_finite(batch, name)
     return batch
 
 
-def _is_foreign(x: Any) -> bool:
-    return hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.ndarray | jax.Array)
+def _as_numpy(name: str, x: Any) -> Any:
+    """The array of another framework as NumPy's."""
+    if not hasattr(x, "__array__") or not hasattr(x, "shape") or isinstance(x, np.ndarray | jax.Array):
+        return x
+    try:
+        return np.asarray(x)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: got a {type(x).__module__}.{type(x).__name__} that NumPy cannot read ({error}); convert it, e.g. "
+            "with .detach().float().cpu()"
+        ) from error
 
 
 def gather(data: Any, name: str) -> PyTree:

@@ -135,7 +135,7 @@ def _traces(op: LinearOperator, key: Key | None) -> Array:
     return trace(op, key=key)
 
 
-def _mass(op: LinearOperator, count: Array) -> Array:
+def _mass(op: LinearOperator, count: Array | int) -> Array:
     """How much a term counts: by its weights, or by its examples."""
     if isinstance(op, OverData):
         weights = jnp.ones(op.count, wide_dtype(op.space)) if op.weights is None else op.weights

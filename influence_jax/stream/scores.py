@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import tree
+from .._memory import memory_errors
 from .._typing import Array, PyTree
 from ..batching import check_positive
 from ..influence import Influence, _up, self_solved
@@ -21,6 +22,7 @@ from .processes import to_host, together
 from .tables import Memory, Stored, Table, describe
 
 
+@memory_errors("stream.scores")
 def scores(
     influence: Influence,
     query: Any,
@@ -73,6 +75,7 @@ def scores(
         return table.finish(blocks.examples or 0)
 
 
+@memory_errors("stream.influence_factors")
 def influence_factors(influence: Influence, query: Any, progress: bool = True) -> PyTree:
     r"""Factors $P\,\nabla f_q$ of every query of a loader, leaves `(Q, *leaf)`; as `Influence.influence_factors`.
 
@@ -101,6 +104,7 @@ def influence_factors(influence: Influence, query: Any, progress: bool = True) -
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
+@memory_errors("stream.self_influences")
 def self_influences(
     influence: Influence,
     loader: Iterable[PyTree],
@@ -150,6 +154,7 @@ def self_influences(
         return whole[0] if sink is None else whole
 
 
+@memory_errors("stream.top_k")
 def top_k(
     influence: Influence,
     query: Any,
