@@ -33,7 +33,8 @@ LAYERS = [
         "capture.coverage",
         "capture",
     ],
-    ["scoring", "projections"],
+    ["scoring"],
+    ["projections.base", "projections.whole", "projections.sides", "projections"],
     ["curvature.operator", "curvature.loops", "curvature.capabilities", "curvature.blocked", "curvature.structured"],
     [
         "curvature.spectrum",

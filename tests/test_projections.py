@@ -10,8 +10,7 @@ import zoo
 from helpers import CLASSIFICATION, random_batch, random_like, random_mlp, relative_error
 
 import influence_jax as ij
-from influence_jax import projections
-from influence_jax.projections import gaussian, rademacher, two_sided
+from influence_jax.projections import base, gaussian, rademacher, sides, two_sided
 from influence_jax.store.files import fingerprint
 from influence_jax.store.gradients import GradientStore
 
@@ -37,7 +36,7 @@ def classifier(examples: int = 11):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Leaves of a few entries take several blocks of rows, the last one cut short."""
-    monkeypatch.setattr(projections, "BLOCK_ENTRIES", 320)
+    monkeypatch.setattr(base, "BLOCK_ENTRIES", 320)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -71,11 +70,11 @@ class TestOneSided:
         params = {"w": jnp.zeros((1_200, 1_000))}
         projection = rademacher(params, 16, KEY)
         ones = jax.tree.map(lambda x: jnp.zeros((3, *x.shape)), params)
-        places = [0, projections.BLOCK_ENTRIES // 16, 1_199_999]
+        places = [0, base.BLOCK_ENTRIES // 16, 1_199_999]
         picked = ones["w"].reshape(3, -1).at[jnp.arange(3), jnp.array(places)].set(1).reshape(3, 1_200, 1_000)
         rows = projection.project({"w": picked})
         for row, place in zip(rows, places, strict=True):
-            block, within = divmod(place, projections.BLOCK_ENTRIES // 16)
+            block, within = divmod(place, base.BLOCK_ENTRIES // 16)
             words = jax.random.bits(jax.random.fold_in(jax.random.fold_in(KEY, 0), block), (within + 1, 1), jnp.uint32)
             bits = (int(words[within, 0]) >> np.arange(16)) & 1
             assert np.array_equal(np.asarray(row) * 4, 1 - 2 * bits)
@@ -104,9 +103,7 @@ class TestOneSided:
         params, _ = classifier()
         data = random_batch(KEY, 4_096, 6, 4, classes=True)
         projection = rademacher(params, 4, KEY)
-        program = projections._project_grads.lower(
-            projection, ij.objective.as_objective(CLASSIFICATION), params, data, 8
-        )
+        program = base._project_grads.lower(projection, ij.objective.as_objective(CLASSIFICATION), params, data, 8)
         assert program.compile().memory_analysis().temp_size_in_bytes < 4_096 * 59 * 8 / 4  # all gradients are 59 wide
 
 
@@ -161,7 +158,7 @@ class TestTwoSided:
         short = projection.project({**jax.tree.map(lambda x: jnp.zeros((6, *x.shape)), params), "short": jnp.eye(6)})
         assert np.array_equal(short[:, projection.dim - 6 :], np.eye(6))
 
-    @pytest.mark.parametrize("kind", projections.KINDS)
+    @pytest.mark.parametrize("kind", base.KINDS)
     def test_inner_products_are_unbiased_whatever_the_shapes(self, kind):
         """Each layer's part has the inner product of that layer on average: none counts more for its shape."""
         case = zoo.ZOO["odd"]()
@@ -192,9 +189,9 @@ class TestTwoSided:
         loss = lambda p, z: jnp.sum(jnp.tanh(z @ p["w"]) ** 2)
         for positions, side, formed in ((64, 7, True), (64, 2, False), (1, 7, False)):
             example = zoo.normal(positions, 8)
-            plan, layers = projections.arrange(loss, params, example)
+            plan, layers = sides.arrange(loss, params, example)
             projection = two_sided(loss, params, example, side, KEY)
-            assert projections._forming_is_less(plan, layers[0], *projection._sides(0)) == formed
+            assert sides._forming_is_less(plan, layers[0], *projection._sides(0)) == formed
             data = zoo.normal(3, positions, 8)
             expected = projection.project(ij.per_example_grads(loss, params, data))
             assert relative_error(projection.project_grads(loss, params, data), expected) < 1e-7
