@@ -430,6 +430,19 @@ class TestDamage:
         self.recomputed(path, (2, 4))
         assert len(ledger.read_bytes().splitlines()) == len(CHUNKS)
 
+    @pytest.mark.parametrize("tail", [b'{"query":', b"\0" * 500, b'{"query":0}' * 50])
+    def test_ledger_lines_follow_whole_ones(self, tmp_path, tail):
+        """Also where what was torn is longer than the line that takes its place."""
+        for record in ({"a": 1}, {"b": 2}):
+            ledger = files.Ledger(tmp_path / "ledger")
+            ledger.append(record)
+            ledger.close()
+            whole = (tmp_path / "ledger").read_bytes()
+            (tmp_path / "ledger").write_bytes(whole + tail)
+            assert files.Ledger(tmp_path / "ledger").records == ledger.records
+        assert ledger.records == [{"a": 1}, {"b": 2}]
+        assert [sorted(json.loads(line))[0] for line in whole.splitlines()] == ["a", "b"]
+
     def test_last_ledger_line_damaged(self, tmp_path):
         path = written(tmp_path / "s")
         flip(path / "ledger-0.jsonl", -20)
