@@ -8,7 +8,7 @@ from ._jax_version import require_supported_jax as _require_supported_jax
 
 _require_supported_jax(_jax)
 
-from . import planning as planning, projections as projections, store as store, stream as stream
+from . import planning as planning, projections as projections, sharding as sharding, store as store, stream as stream
 from .adapters import from_linen as from_linen, from_nnx as from_nnx
 from .batching import Batch as Batch
 from .blocks import by_layer as by_layer, by_parameter as by_parameter, full as full

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], what: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
-    """The items, with a bar that says how many are done and how long the rest will take, in terminals and notebooks only."""
+    """The items; in terminals and notebooks with a bar that says how many are done and how long the rest will take."""
     if not show:
         yield from items
         return

@@ -1,13 +1,16 @@
 """Batches, and the only place that splits one.
 
 A batch is any pytree whose leaves share a leading example axis.  It is folded column-major: example `i` of `N` lands in
-chunk `i % M` of `M`, so that data sharded over examples stays sharded within every chunk.  The tail is padded with a
-copy of the last example and given weight zero, so a ragged batch neither compiles a second program nor changes a sum.
+chunk `i % M` of `M`, so that data split over devices by examples stay split within every chunk.  The tail is padded
+with a copy of the last example and given weight zero, so a ragged batch neither compiles a second program nor changes a
+sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +21,7 @@ from einops import rearrange
 from jax import lax
 
 from . import tree
+from ._mesh import compiled
 from ._pytree import dataclass
 from ._typing import Array, Key, PyTree
 
@@ -228,9 +232,20 @@ class _Fold:
         return jax.tree.map(lambda x: rearrange(x, "chunks length ... -> (length chunks) ...")[: self.count], folded)
 
 
-def _fold(count: int, chunk: int | None) -> _Fold:
-    chunks = -(-count // min(chunk or DEFAULT_CHUNK, count))
-    return _Fold(count, chunks, -(-count // chunks))
+@functools.cache
+def _fold(count: int, chunk: int | None, devices: int = 1) -> _Fold:
+    """As few chunks as may be; for a batch on several devices, such that each has its share of every chunk."""
+    shares = math.gcd(count, devices)
+    fewest = -(-count // min(max(chunk or DEFAULT_CHUNK, shares), count))
+    if shares > 1 and fewest > 1:
+        chunks = next(n for n in range(fewest, count // shares + 1) if (count // shares) % n == 0)
+        return _Fold(count, chunks, count // chunks)
+    return _Fold(count, fewest, -(-count // fewest))
+
+
+def _devices(batch: PyTree) -> int:
+    """Of the mesh that a batch is on: how many may share it, for a program is not told over which axes it is split."""
+    return max(1, *(jax.typeof(leaf).sharding.mesh.size for leaf in jax.tree.leaves(batch)))
 
 
 def scan_chunks(
@@ -240,7 +255,7 @@ def scan_chunks(
 
     `indices` `(length,)` are the examples' places in the batch; those `>= N` are padding.
     """
-    fold = _fold(jax.tree.leaves(batch)[0].shape[0], chunk)
+    fold = _fold(tree.count(batch), chunk, _devices(batch))
     if fold.chunks == 1:
         return step(carry, batch, jnp.arange(fold.count, dtype=jnp.int32))
     return lax.scan(lambda c, number: (step(c, *fold.part(batch, number)), None), carry, fold.numbers())[0]
@@ -278,9 +293,18 @@ def sum_over(
     return scan_chunks(step, zero, (batch, weights), chunk=chunk), jnp.sum(weights)
 
 
-def map_chunks(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | None = None) -> PyTree:
-    """Apply `fn` to chunks, leaves `(length, ...)` to leaves `(length, ...)`, and concatenate in order."""
-    fold = _fold(jax.tree.leaves(batch)[0].shape[0], chunk)
+def map_chunks(
+    fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | None = None, shared: bool = True
+) -> PyTree:
+    """Apply `fn` to chunks, leaves `(length, ...)` to leaves `(length, ...)`, and concatenate in order.
+
+    Args:
+      fn: Function of a chunk.
+      batch: Leaves `(N, ...)`.
+      chunk: Examples per chunk, or as many as there are devices; at most 256 if None.
+      shared: Whether the batch may be split over devices, as examples are; every device has all rows of a stack.
+    """
+    fold = _fold(tree.count(batch), chunk, _devices(batch) if shared else 1)
     if fold.chunks == 1:
         return fn(batch)
     return fold.join(lax.map(lambda number: fn(fold.part(batch, number)[0]), fold.numbers()))
@@ -288,11 +312,20 @@ def map_chunks(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | No
 
 def map_over(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | None = None) -> PyTree:
     """Apply `fn` to every example, vectorised within a chunk and sequential over chunks."""
-    if chunk == 1:
+    if chunk == 1 and _devices(batch) == 1:
         return lax.map(fn, batch)
     return map_chunks(jax.vmap(fn), batch, chunk=chunk)
 
 
+def map_rows(fn: Callable[[PyTree], PyTree], stack: PyTree, rhs_chunk: int | None = None) -> PyTree:
+    """Apply `fn` to every row of a stack, `rhs_chunk_or_default` at once."""
+    chunk = rhs_chunk_or_default(rhs_chunk)
+    if chunk == 1:
+        return lax.map(fn, stack)
+    return map_chunks(jax.vmap(fn), stack, chunk=chunk, shared=False)
+
+
+@compiled
 def take(batch: PyTree, indices: Array) -> PyTree:
     """The examples at `indices`."""
     return jax.tree.map(lambda x: jnp.take(x, indices, axis=0), batch)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tree
+from ._mesh import compiled
 from ._typing import Array, PyTree
 from .batching import as_batch, chunk_for, map_over
 from .blocks import select
@@ -112,7 +113,7 @@ def _(op: Restricted) -> Array:
     return lower_bound(op.op)
 
 
-@jax.jit
+@compiled
 def _score_bounds(
     influence: Influence, query: PyTree, train: PyTree, lambda_min: float | Array | None
 ) -> tuple[Array, Array, Info]:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from . import tree
 from ._jaxpr_compat import uses
+from ._mesh import compiled
 from ._typing import Array, LossFunction, PyTree
-from .batching import as_batch, check_chunk, chunk_for, map_over, rhs_chunk_or_default
+from .batching import as_batch, check_chunk, chunk_for, map_over, map_rows
 from .objective import LossOnly, Objective, as_objective, get_field, replace_field
 
 
@@ -181,7 +182,7 @@ def check_wrt(batch: PyTree, wrt: str | int) -> None:
             )
 
 
-@partial(jax.jit, static_argnames="chunk")
+@partial(compiled, static_argnames="chunk")
 def _per_example_grads(
     objective: Objective | LossOnly, params: PyTree, batch: PyTree, chunk: int | None = None
 ) -> PyTree:
@@ -201,7 +202,7 @@ def directional(fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree) 
     return value, jax.vjp(pullback, jax.tree.map(jnp.zeros_like, value))[1]((vector,))[0]
 
 
-@partial(jax.jit, static_argnames=("chunk", "rhs_chunk"))
+@partial(compiled, static_argnames=("chunk", "rhs_chunk"))
 def _jacobian_product(
     objective: Objective | LossOnly,
     params: PyTree,
@@ -216,13 +217,13 @@ def _jacobian_product(
         def along(vector: PyTree) -> Array:
             return directional(lambda p: objective(p, example), params, vector)[1]
 
-        return map_over(along, vectors, chunk=rhs_chunk_or_default(rhs_chunk))
+        return map_rows(along, vectors, rhs_chunk)
 
     products = map_over(one, batch, chunk=chunk)
     return products.astype(tree.accumulation_dtype(products.dtype))
 
 
-@partial(jax.jit, static_argnames=("wrt", "chunk"))
+@partial(compiled, static_argnames=("wrt", "chunk"))
 def _mixed_grads(
     objective: Objective | LossOnly, params: PyTree, batch: PyTree, wrt: str | int, chunk: int | None
 ) -> PyTree:
@@ -235,7 +236,7 @@ def _mixed_grads(
     return map_over(one, batch, chunk=chunk or chunk_for(tree.size(params) * input_size))
 
 
-@partial(jax.jit, static_argnames=("wrt", "chunk", "rhs_chunk"))
+@partial(compiled, static_argnames=("wrt", "chunk", "rhs_chunk"))
 def _mixed_product(
     objective: Objective | LossOnly,
     params: PyTree,
@@ -251,7 +252,7 @@ def _mixed_product(
         def along(vector: PyTree) -> PyTree:
             return directional(partial(_input_gradient, objective, example, wrt), params, vector)[1]
 
-        return map_over(along, vectors, chunk=rhs_chunk_or_default(rhs_chunk))
+        return map_rows(along, vectors, rhs_chunk)
 
     return map_over(one, batch, chunk=chunk)
 

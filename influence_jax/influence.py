@@ -12,10 +12,9 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 
-import jax
-
 from . import tree
 from ._memory import explain_memory_errors
+from ._mesh import compiled
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_positive, chunk_for, map_chunks
@@ -356,23 +355,23 @@ class Influence:
         return f"Influence({self.objective!r}, {self.inverse!r}{asked})"
 
 
-@jax.jit
+@compiled
 def _factors(influence: Influence, query: PyTree) -> tuple[PyTree, Info | None]:
     return solve_with_info(influence.inverse, _query_grads(influence, query))
 
 
-@jax.jit
+@compiled
 def _query_grads(influence: Influence, query: PyTree) -> PyTree:
     return tree.promote(_per_example_grads(influence.asked, influence.params, query, influence.chunk))
 
 
-@jax.jit
+@compiled
 def _up(influence: Influence, factors: PyTree, train: PyTree) -> Array:
     objective = as_objective(influence.objective)
     return inner_products(objective, influence.params, factors, train, influence.chunk, influence.rhs_chunk).T
 
 
-@jax.jit
+@compiled
 def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[Array, Info | None]:
     """Solve for the training examples, which are fewer than the queries; P is self-adjoint."""
     grads = _per_example_grads(influence.objective, influence.params, train, influence.chunk)
@@ -390,7 +389,7 @@ def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None
     return tree.dots(solved, grads), info
 
 
-@jax.jit
+@compiled
 def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
     def one_chunk(part: PyTree) -> tuple[Array, Info | None]:
         grads = _per_example_grads(influence.objective, influence.params, part)

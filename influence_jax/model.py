@@ -219,7 +219,7 @@ def _check_loss(objective: Objective | LossOnly, params: PyTree, data: PyTree) -
     """Try the objective on the shapes of one example, before anything long begins."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
     try:
-        jax.eval_shape(objective, params, example)
+        jax.eval_shape(objective, tree.shapes(params), example)
     except Exception as error:
         shapes = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.named_leaves(example)}
         raise ValueError(

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from . import tree
+from ._mesh import compiled
 from ._typing import Array, PyTree
-from .batching import chunk_for, chunk_in_cache, map_chunks, map_over, rhs_chunk_or_default, scan_chunks
+from .batching import chunk_for, chunk_in_cache, map_chunks, map_over, map_rows, scan_chunks
 from .capture import arrange, held_entries, layer_factors, products
 from .gradients import _jacobian_product, _mixed_product, directional, matching
 from .objective import LossOnly, Objective, floating_output
@@ -74,7 +75,7 @@ def inner_products(
     return map_chunks(one_chunk, batch, chunk=chunk or fits)
 
 
-@partial(jax.jit, static_argnames=("wrt", "chunk", "rhs_chunk"))
+@partial(compiled, static_argnames=("wrt", "chunk", "rhs_chunk"))
 def perturbed(
     objective: Objective | LossOnly,
     params: PyTree,
@@ -92,7 +93,7 @@ def perturbed(
 def check_positions(objective: Objective, params: PyTree, batch: PyTree) -> None:
     """Raise unless the model's output has a row for each position."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    output = jax.eval_shape(objective.output, params, example)
+    output = jax.eval_shape(objective.output, tree.shapes(params), example)
     if not isinstance(output, jax.ShapeDtypeStruct) or len(output.shape) != 2:
         got = jax.tree.map(jnp.shape, output)
         raise ValueError(
@@ -101,7 +102,7 @@ def check_positions(objective: Objective, params: PyTree, batch: PyTree) -> None
         )
 
 
-@partial(jax.jit, static_argnames=("chunk", "rhs_chunk"))
+@partial(compiled, static_argnames=("chunk", "rhs_chunk"))
 def by_position(
     objective: Objective, params: PyTree, factors: PyTree, batch: PyTree, chunk: int | None, rhs_chunk: int | None
 ) -> Array:
@@ -115,12 +116,12 @@ def by_position(
             tangent = directional(lambda p: floating_output(objective, p, example), params, vector)[1]
             return jnp.sum(tree.promote(slope) * tree.promote(tangent), axis=-1)
 
-        return map_over(along, factors, chunk=rhs_chunk_or_default(rhs_chunk))
+        return map_rows(along, factors, rhs_chunk)
 
     return jnp.swapaxes(map_over(one, batch, chunk=chunk), 0, 1)
 
 
-@partial(jax.jit, static_argnames=("k", "chunk", "rhs_chunk"))
+@partial(compiled, static_argnames=("k", "chunk", "rhs_chunk"))
 def top_k(
     objective: Objective | LossOnly,
     params: PyTree,

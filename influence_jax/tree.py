@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._mesh import compiled
 from ._typing import Array, PyTree
 
 HIGHEST = lax.Precision.HIGHEST
@@ -62,6 +64,11 @@ def accumulation_dtype(*dtypes: np.dtype) -> np.dtype:
 def promote(tree: PyTree) -> PyTree:
     """Cast narrow leaves (bfloat16, float16) to float32; wider leaves are untouched."""
     return jax.tree.map(lambda x: x.astype(accumulation_dtype(x.dtype)), tree)
+
+
+def shapes(tree: PyTree) -> PyTree:
+    """Shapes and dtypes alone, without where the leaves are."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def promote_shapes(shapes: PyTree) -> PyTree:
@@ -234,7 +241,12 @@ def flatten(tree: PyTree, like: PyTree) -> Array:
     lead = leads.pop() if len(leads) == 1 else ()
     check_vector(tree, like, "tree", lead=lead)
     dtype = widest(*(x.dtype for x in jax.tree.leaves(tree)))
-    return jnp.concatenate([x.astype(dtype).reshape((*lead, -1)) for x in jax.tree.leaves(tree)], axis=-1)
+    return _concatenated(jax.tree.leaves(tree), lead, dtype)
+
+
+@partial(compiled, static_argnames=("lead", "dtype"))
+def _concatenated(leaves: list[Array], lead: tuple[int, ...], dtype: np.dtype) -> Array:
+    return jnp.concatenate([x.astype(dtype).reshape((*lead, -1)) for x in leaves], axis=-1)
 
 
 def unflatten(array: Array, like: PyTree) -> PyTree:

@@ -18,7 +18,7 @@ PACKAGE = pathlib.Path(ij.__file__).parent
 
 # Each layer may import the layers above it and its own siblings listed earlier.
 LAYERS = [
-    ["_typing", "_jax_version", "_jaxpr_compat", "_pytree", "_memory"],
+    ["_typing", "_jax_version", "_jaxpr_compat", "_pytree", "_memory", "_mesh"],
     ["tree"],
     ["batching", "blocks"],
     ["objective"],
@@ -35,7 +35,14 @@ LAYERS = [
     ],
     ["scoring"],
     ["projections.base", "projections.whole", "projections.sides", "projections"],
-    ["curvature.operator", "curvature.loops", "curvature.capabilities", "curvature.blocked", "curvature.structured"],
+    [
+        "curvature.layout",
+        "curvature.operator",
+        "curvature.loops",
+        "curvature.capabilities",
+        "curvature.blocked",
+        "curvature.structured",
+    ],
     [
         "curvature.spectrum",
         "curvature.outputs",
@@ -89,7 +96,7 @@ LAYERS = [
         "stream.gradients",
         "stream",
     ],
-    ["_footprint", "planning"],
+    ["_footprint", "planning", "sharding"],
     ["general"],
     [""],
 ]

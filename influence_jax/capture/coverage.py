@@ -99,6 +99,7 @@ def coverage(
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         params = tree.check_params(params)
     check_positive(max_side, "max_side")
+    params = tree.shapes(params)
     jax.eval_shape(objective, params, example)  # a batch in place of an example is found out here
     plan, layers = arrange(objective, params, example, max_side)
     blocks = {name: block for block, names in components(layers).items() for name in names}

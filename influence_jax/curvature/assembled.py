@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
+from .._mesh import compiled
 from .._typing import Array, PyTree
 from ..batching import CHUNK_BUDGET
 from ..capture import Layer, LayerFactors, Plan, arrange, einsum, layer_factors
@@ -29,7 +30,7 @@ def _(op: GGN) -> Array:
     return dense_by_rows(op) if dense is None else dense
 
 
-@jax.jit
+@compiled
 def _assembled(op: GGN) -> Array | None:
     """The matrix, or None if a layer is used at several positions."""
     params = tree.promote(op.params)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import blocks, tree
+from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
-from ..batching import map_over, rhs_chunk_or_default
+from ..batching import map_rows
 from .operator import LinearOperator, Scaled, Sum
 
 # Up to this many parameters a trace without closed form is summed exactly, one product per parameter.
@@ -253,17 +254,17 @@ def symmetric(matrix: Array) -> Array:
     return 0.5 * (matrix + matrix.swapaxes(-1, -2))
 
 
-@jax.jit
+@compiled
 def dense_by_products(op: LinearOperator) -> Array:
     """One product per column."""
 
     def column(index: Array) -> Array:
         return tree.flatten(op.mv(tree.basis_vector(index, op.space, wide_dtype(op.space))), op.space)
 
-    return map_over(column, jnp.arange(op.size), chunk=rhs_chunk_or_default(op.rhs_chunk))
+    return map_rows(column, jnp.arange(op.size), op.rhs_chunk)
 
 
-@jax.jit
+@compiled
 def diagonal_by_products(op: LinearOperator) -> Array:
     """One product per entry, flat."""
 
@@ -271,10 +272,10 @@ def diagonal_by_products(op: LinearOperator) -> Array:
         vector = tree.basis_vector(index, op.space, wide_dtype(op.space))
         return tree.dot(vector, op.mv(vector))
 
-    return map_over(entry, jnp.arange(op.size), chunk=rhs_chunk_or_default(op.rhs_chunk))
+    return map_rows(entry, jnp.arange(op.size), op.rhs_chunk)
 
 
-@jax.jit
+@compiled
 def _hutchinson_trace(op: LinearOperator, key: Key) -> Array:
     def quadratic(probe_key: Key) -> Array:
         signs = jax.random.rademacher(probe_key, (op.size,), wide_dtype(op.space))
@@ -282,7 +283,7 @@ def _hutchinson_trace(op: LinearOperator, key: Key) -> Array:
         return tree.dot(probe, op.mv(probe))
 
     keys = jax.random.split(key, TRACE_PROBES)
-    return jnp.mean(map_over(quadratic, keys, chunk=rhs_chunk_or_default(op.rhs_chunk)))
+    return jnp.mean(map_rows(quadratic, keys, op.rhs_chunk))
 
 
 @dataclass

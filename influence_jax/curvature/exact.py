@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import blocks, tree
+from .._mesh import compiled
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
-from ..batching import as_batch, check_chunk, map_over, rhs_chunk_or_default, sum_over, take
+from ..batching import DEFAULT_CHUNK, as_batch, check_chunk, map_rows, sum_over, take
 from ..gradients import directional, matching
 from ..objective import LossOnly, Objective, as_objective, floating_output, on_block
 from .capabilities import minibatch, restrict, sums, wide_dtype
+from .layout import Layout, constrain, layout_of
 from .operator import LinearOperator
 from .outputs import require_split
 
@@ -33,6 +35,7 @@ class OverData(LinearOperator, abc.ABC):
 
     Attributes:
       total: What the weighted sum is divided by; the sum of the weights if None.
+      layout: How parameters and data, and hence products, are laid out on a mesh; found by itself.
     """
 
     objective: Objective | LossOnly | LossFunction
@@ -42,11 +45,13 @@ class OverData(LinearOperator, abc.ABC):
     chunk: int | None = static(default=None, kw_only=True)
     rhs_chunk: int | None = static(default=None, kw_only=True)  # type: ignore[assignment]
     total: Array | None = dataclasses.field(default=None, kw_only=True)
+    layout: Layout = static(default=Layout(), kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         set_field(self, "objective", as_objective(self.objective))
         set_field(self, "params", tree.check_params(self.params))
         set_field(self, "data", as_batch(self.data, "data"))
+        set_field(self, "layout", layout_of(self.params, self.data, self.layout))
         check_chunk(self.chunk)
         check_chunk(self.rhs_chunk, "rhs_chunk")
         if self.weights is not None:
@@ -64,6 +69,10 @@ class OverData(LinearOperator, abc.ABC):
     def mv(self, v: PyTree) -> PyTree:
         tree.check_vector(v, self.params, "v")
         return _mean_product(self, v)
+
+    def mm(self, V: PyTree) -> PyTree:
+        tree.check_stack(V, self.params, "V")
+        return _mean_products(self, V)
 
     def loss(self, params: PyTree, example: PyTree) -> Array:
         """The loss of one example."""
@@ -93,7 +102,7 @@ class Hessian(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      chunk: Examples per chunk; at most 256 for each device if None.
       rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
 
     Raises:
@@ -125,7 +134,7 @@ class GGN(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, non-negative; ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      chunk: Examples per chunk; at most 256 for each device if None.
       rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
 
     Raises:
@@ -171,7 +180,7 @@ class EmpiricalFisher(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, non-negative; ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      chunk: Examples per chunk; at most 256 for each device if None.
       rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
 
     Raises:
@@ -227,8 +236,9 @@ def _weighted_loss(op: OverData, batch: PyTree, weights: Array, params: PyTree) 
 def sum_over_data(
     op: OverData, fn: Callable[[PyTree, Array], PyTree], chunk: int | None = None
 ) -> tuple[PyTree, Array]:
-    """`sum_over` the operator's data, and what the sum is to be divided by."""
-    summed, weight = sum_over(fn, op.data, op.weights, chunk=chunk or op.chunk, dtype=wide_dtype(op.params))
+    """`sum_over` the operator's data, and what the sum is to be divided by; `chunk` is for each device by default."""
+    chunk = op.chunk or (chunk or DEFAULT_CHUNK) * op.layout.shares
+    summed, weight = sum_over(fn, op.data, op.weights, chunk=chunk, dtype=wide_dtype(op.params))
     return summed, weight if op.total is None else op.total.astype(weight.dtype)
 
 
@@ -242,14 +252,20 @@ def _sum_product(op: OverData, v: PyTree) -> tuple[PyTree, Array]:
     return sum_over_data(op, lambda batch, weights: op.sum_product(params, batch, weights, wide_v))
 
 
-@jax.jit
+@compiled
 def _mean_product(op: OverData, v: PyTree) -> PyTree:
-    return tree.cast_like(divide(*_sum_product(op, v)), v)
+    return constrain(tree.cast_like(divide(*_sum_product(op, v)), v), op.layout)
 
 
-@jax.jit
+@compiled
+def _mean_products(op: OverData, V: PyTree) -> PyTree:
+    # All rows on every device: each takes part in every product with its share of the data.
+    return constrain(map_rows(op.mv, constrain(V, op.layout), op.rhs_chunk), op.layout)
+
+
+@compiled
 def _sums(op: OverData, V: PyTree) -> tuple[PyTree, Array]:
-    summed, weights = map_over(partial(_sum_product, op), V, chunk=rhs_chunk_or_default(op.rhs_chunk))
+    summed, weights = map_rows(partial(_sum_product, op), V, op.rhs_chunk)
     return summed, weights[0]
 
 
@@ -269,7 +285,7 @@ def _(op: OverData, indices: Array) -> LinearOperator:
     data, weights, total = take(op.data, indices), None, None
     if op.weights is not None:
         # A minibatch divided by its own weight would be a ratio of two random sums, hence biased.
-        weights = jnp.take(op.weights, indices)
+        weights = take(op.weights, indices)
         total = jnp.sum(op.weights) * (indices.shape[0] / op.count)
     if op.total is not None:
         total = op.total * (indices.shape[0] / op.count)

@@ -48,7 +48,7 @@ class Fisher(OverData):
       params: Leaves `(*leaf)`, real floating.
       data: Leaves `(N, ...)`.
       weights: `(N,)`, non-negative; ones if None.
-      chunk: Examples per chunk; the whole data if None and N is at most 256, else 256.
+      chunk: Examples per chunk; at most 256 for each device if None.
       rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
       key: For the labels; needed.
       samples: How many draws S per example; static.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
+from .._mesh import compiled
 from .._typing import Array, Key, LossFunction, PyTree
 from ..batching import as_batch, check_finite, check_key, check_positive
 from ..capture import MAX_SIDE
@@ -189,7 +190,7 @@ def check_fitted(curvature: Kronecker, recipe: Recipe) -> None:
             )
 
 
-@partial(jax.jit, static_argnames=("recipe", "eigenvalues"))
+@partial(compiled, static_argnames=("recipe", "eigenvalues"))
 def _fit(op: EmpiricalFisher, recipe: Recipe, eigenvalues: bool) -> Kronecker:
     """One pass for the moments of all layers, eigenvectors, and one more for what is along them."""
     fitted = eigenbases(op.params, moment_sums(op, recipe))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import blocks, tree
+from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..capture import Layer, components, rotate
@@ -104,7 +105,7 @@ class Kronecker(LinearOperator):
         return f"Kronecker({self.size:,} parameters in {len(self.blocks)} blocks)"
 
 
-@jax.jit
+@compiled
 def _product(op: Kronecker, V: PyTree) -> PyTree:
     pairs = zip(_to_basis(op, V), op.layers, strict=True)
     scaled = [x * layer.values.astype(x.dtype)[None] for x, layer in pairs]
@@ -162,6 +163,11 @@ def _(op: Kronecker, block: Sequence[str]) -> LinearOperator:
 
 @diagonal.register
 def _(op: Kronecker) -> PyTree:
+    return _diagonal(op)
+
+
+@compiled
+def _diagonal(op: Kronecker) -> PyTree:
     space, whole = dict(tree.named_leaves(op.space)), {}
     for layer in op.layers:
         squared = [None if q is None else q.swapaxes(-1, -2) ** 2 for q in (layer.q_in, layer.q_out)]

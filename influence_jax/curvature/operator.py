@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import tree
+from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, LossFunction, PyTree
-from ..batching import map_over, rhs_chunk_or_default
+from ..batching import map_rows
 from ..gradients import mixed_product, per_example_grads
 from ..objective import Objective
+from .layout import Layout
 
 
 @dataclass
@@ -52,9 +54,9 @@ class BilinearForm:
         rows = jax.tree.map(lambda x, s: x.reshape((-1, *s.shape)), right, space)
         left, rows = tree.promote(left), tree.promote(rows)
         if tree.count(left) <= tree.count(rows):
-            products = tree.gram(self.op.mm(left), rows)
+            products = inner_products(self.op.mm(left), rows)
         else:
-            products = tree.gram(left, self.op.mm(rows))
+            products = inner_products(left, self.op.mm(rows))
         return products.reshape((tree.count(left), *lead))
 
     def grads_inner_prod(
@@ -111,6 +113,9 @@ def _leading_axes(stack: PyTree, space: PyTree) -> tuple[int, ...]:
     return jnp.shape(leaves[0])[: jnp.ndim(leaves[0]) - len(like.shape)] if leaves else ()
 
 
+inner_products = compiled(tree.gram)
+
+
 class LinearOperator(abc.ABC):
     """A self-adjoint map on trees shaped like `space`."""
 
@@ -137,6 +142,11 @@ class LinearOperator(abc.ABC):
     def on_host(self) -> bool:
         """Whether its products read data from outside, so that they cannot be part of a compiled program."""
         return False
+
+    @property
+    def layout(self) -> Layout:
+        """How vectors are laid out on a mesh of devices, if there is one."""
+        return Layout()
 
     @property
     def size(self) -> int:
@@ -174,9 +184,9 @@ class LinearOperator(abc.ABC):
         return f"{type(self).__name__}({self.size:,} parameters)"
 
 
-@jax.jit
+@compiled
 def _map_mv(op: LinearOperator, V: PyTree) -> PyTree:
-    return map_over(op.mv, V, chunk=rhs_chunk_or_default(op.rhs_chunk))
+    return map_rows(op.mv, V, op.rhs_chunk)
 
 
 @dataclass
@@ -217,6 +227,10 @@ class Sum(LinearOperator):
     @property
     def on_host(self) -> bool:
         return any(term.on_host for term in self.terms)
+
+    @property
+    def layout(self) -> Layout:
+        return next((term.layout for term in self.terms if term.layout.params), Layout())
 
     @property
     def rhs_chunk(self) -> int | None:
@@ -262,6 +276,10 @@ class Scaled(LinearOperator):
     @property
     def on_host(self) -> bool:
         return self.op.on_host
+
+    @property
+    def layout(self) -> Layout:
+        return self.op.layout
 
     @property
     def rhs_chunk(self) -> int | None:

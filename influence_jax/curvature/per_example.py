@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
+from .._mesh import compiled
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, map_over, sum_over
 from ..gradients import directional
@@ -43,7 +44,7 @@ def row_count(op: OverData) -> int:
     if not isinstance(op, GGN):
         return 1
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), op.data)
-    return tree.size(jax.eval_shape(partial(flat_output, op.split), op.params, example))
+    return tree.size(jax.eval_shape(partial(flat_output, op.split), tree.shapes(op.params), example))
 
 
 def _factors(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:
@@ -65,7 +66,7 @@ def _chunk(op: OverData, rows: int) -> int:
     return min(op.chunk or chunk_for(2 * rows * op.size), op.count)
 
 
-@partial(jax.jit, static_argnames="rows")
+@partial(compiled, static_argnames="rows")
 def _assembled_dense(op: OverData, rows: int) -> Array:
     def chunk_sum(batch: PyTree, weights: Array) -> Array:
         left, right = jax.vmap(partial(_factors, op, tree.promote(op.params)))(batch)
@@ -76,7 +77,7 @@ def _assembled_dense(op: OverData, rows: int) -> Array:
     return symmetric(divide(*sum_over_data(op, chunk_sum, _chunk(op, rows))))
 
 
-@partial(jax.jit, static_argnames="rows")
+@partial(compiled, static_argnames="rows")
 def _assembled_diagonal(op: OverData, rows: int) -> PyTree:
     def chunk_sum(batch: PyTree, weights: Array) -> PyTree:
         left, right = jax.vmap(partial(_factors, op, tree.promote(op.params)))(batch)
@@ -141,14 +142,14 @@ def root_factors(op: OverData, batch: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), factors)
 
 
-@jax.jit
+@compiled
 def _root_apply(op: OverData, v: PyTree) -> Array:
     params = tree.promote(op.params)
     vector = tree.cast_like(v, params)
     return map_over(lambda z: directional(_root_rows(op, params, z), params, vector)[1], op.data, chunk=op.chunk)
 
 
-@jax.jit
+@compiled
 def _root_transpose(op: OverData, u: Array) -> PyTree:
     params = tree.promote(op.params)
 

@@ -12,10 +12,12 @@ import numpy as np
 from jax import lax
 
 from .. import tree
+from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import check_key, check_positive
 from .capabilities import wide_dtype
+from .layout import Layout, constrain
 from .loops import fori_loop
 from .operator import LinearOperator
 
@@ -42,6 +44,7 @@ def lanczos(
     steps: int,
     key: Key,
     *,
+    layout: Layout,
     fori_loop: Callable[..., PyTree] = lax.fori_loop,
 ) -> Krylov:
     """Lanczos tridiagonalisation with full reorthogonalisation, twice, from a random start.
@@ -54,13 +57,15 @@ def lanczos(
       space: The parameters.
       steps: Dimension m of the space, at most the number of parameters.
       key: For the random directions.
+      layout: How vectors are laid out on a mesh.
       fori_loop: `lax.fori_loop`, or a host loop of the same signature when `mv` reads data from outside.
     """
     dtype, size = wide_dtype(space), tree.size(space)
     keys = jax.random.split(key, steps + 1)
 
     def step(index: Array, carry: tuple) -> tuple:
-        return _extended(index, carry, tree.promote(mv(carry[2])), keys[index + 1])
+        basis, *rest = _extended(index, carry, tree.promote(mv(carry[2])), keys[index + 1])
+        return constrain(basis, layout), *rest
 
     start = tree.unflatten(jax.random.normal(keys[0], (size,), dtype), space)
     start = tree.scale(1 / _norm(start), start)
@@ -70,14 +75,14 @@ def lanczos(
     # Row i holds <q_j, A q_i> for j <= i: tridiagonal but for rounding and restarts.
     lower = jnp.tril(matrix, -1)
     values, vectors = jnp.linalg.eigh(lower + lower.T + jnp.diag(jnp.diag(matrix)))
-    return Krylov(values, tree.combine(vectors.T, basis), jnp.abs(beta * vectors[-1]), vectors[0])
+    return Krylov(values, constrain(tree.combine(vectors.T, basis), layout), jnp.abs(beta * vectors[-1]), vectors[0])
 
 
 def _norm(vector: PyTree) -> Array:
     return jnp.sqrt(tree.dot(vector, vector))
 
 
-@jax.jit
+@compiled
 def _extended(index: Array, carry: tuple, product: PyTree, key: Key) -> tuple:
     """One more direction: the basis with q in row `index`, the matrix with its products, and the next q."""
     basis, matrix, q, scale = carry
@@ -228,11 +233,11 @@ def spectrum(op: LinearOperator, steps: int = 60, *, key: Key, probes: int = 1) 
     return _spectrum(op, steps, keys)
 
 
-@partial(jax.jit, static_argnames="steps")
+@partial(compiled, static_argnames="steps")
 def _spectrum(op: LinearOperator, steps: int, keys: Key) -> Spectrum:
     return Spectrum(*lax.map(partial(_probe, op, steps), keys), size=op.size)
 
 
 def _probe(op: LinearOperator, steps: int, key: Key) -> tuple[Array, Array, Array]:
-    krylov = lanczos(op.mv, op.space, steps, key, fori_loop=fori_loop(op))
+    krylov = lanczos(op.mv, op.space, steps, key, fori_loop=fori_loop(op), layout=op.layout)
     return krylov.values, krylov.first**2, krylov.residuals

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from .. import blocks, tree
+from .._mesh import compiled
 from .._pytree import dataclass, set_field
 from .._typing import Array, Key, PyTree
 from .capabilities import Spectral, diagonal, minibatch, restrict, spectral, to_dense, trace, wide_dtype
-from .operator import LinearOperator
+from .operator import LinearOperator, inner_products
 
 
 @dataclass
@@ -180,7 +181,7 @@ class LowRank(LinearOperator):
             raise ValueError(
                 f"basis: got {self.values.shape[0]} vectors for {self.size} parameters; keep at most as many"
             )
-        overlaps = tree.gram(self.basis, self.basis)
+        overlaps = inner_products(self.basis, self.basis)
         if not isinstance(overlaps, jax.core.Tracer):
             off = float(jnp.max(jnp.abs(overlaps - jnp.eye(len(overlaps), dtype=overlaps.dtype))))
             if not off < 100 * float(jnp.finfo(overlaps.dtype).eps) ** 0.5:
@@ -195,12 +196,17 @@ class LowRank(LinearOperator):
 
     def mm(self, V: PyTree) -> PyTree:
         tree.check_stack(V, self.space, "V")
-        coefficients = tree.gram(V, self.basis)
-        return tree.cast_like(tree.combine(coefficients * self.values.astype(coefficients.dtype)[None], self.basis), V)
+        return _low_rank_product(self, V)
 
     @property
     def space(self) -> PyTree:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.basis)
+
+
+@compiled
+def _low_rank_product(op: LowRank, V: PyTree) -> PyTree:
+    coefficients = tree.gram(V, op.basis)
+    return tree.cast_like(tree.combine(coefficients * op.values.astype(coefficients.dtype)[None], op.basis), V)
 
 
 @minibatch.register

@@ -12,6 +12,7 @@ from jax import lax
 
 from .. import tree
 from .._memory import SOLVE_KNOBS, memory_errors
+from .._mesh import compiled, laid_out_like, on_auto_axes
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import check_key
@@ -123,7 +124,10 @@ class Inverse(LinearOperator):
         """
         tree.check_vector(v, self.space, "v")
         refuse_tracing(self.op, v)
-        return self.solver.apply(self.state, v) if self.on_host else _solve(self.solver, self.state, v)
+        if self.on_host:
+            X, info = self.solve_many(tree.stack_of_one(v))
+            return tree.only(X), jax.tree.map(lambda field: field[0], info)
+        return _solve(self.solver, self.state, v)
 
     @memory_errors("Inverse.solve_many", SOLVE_KNOBS)
     def solve_many(self, V: PyTree) -> tuple[PyTree, Info]:
@@ -135,7 +139,8 @@ class Inverse(LinearOperator):
         tree.check_stack(V, self.space, "V")
         refuse_tracing(self.op, V)
         if self.on_host:
-            return _solution(self.solver, self.state, V)
+            X, info = _solution(self.solver, self.state, on_auto_axes(V))
+            return laid_out_like(X, V), info
         return _solve_many(self.solver, self.state, V)
 
     def with_damping(self, damping: float | Array | RelativeDamping, *, key: Key | None = None) -> Inverse:
@@ -261,17 +266,17 @@ def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]
     return op.mm(V), None
 
 
-@jax.jit
+@compiled
 def _init(solver: Solver, op: LinearOperator, key: Key | None) -> PyTree:
     return solver.init(op, key=key)
 
 
-@jax.jit
+@compiled
 def _solve(solver: Solver, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
     return solver.apply(state, v)
 
 
-@jax.jit
+@compiled
 def _solve_many(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
     return _solution(solver, state, V)
 

@@ -80,7 +80,9 @@ class BlockCG(Solver):
         )
         if fixed.op.on_host:  # where a product reads all data, the right-hand sides share it
             return solve(tree.promote(V))
-        return implicit_solve(state.op, state.damping, V, lambda B: map_chunks(solve, B, chunk=self.block_size))
+        return implicit_solve(
+            state.op, state.damping, V, partial(map_chunks, solve, chunk=self.block_size, shared=False)
+        )
 
     def with_damping(self, state: BlockCGState, damping: Any, *, key: Key | None = None) -> tuple[Any, BlockCGState]:
         return redamp(self, state, damping, key)

@@ -129,7 +129,7 @@ class Arnoldi(LowRankSolver):
         _check_rank(self.rank, op)
         steps = min(self.steps or 2 * self.rank + 20, op.size)
         fixed = lax.stop_gradient(op)
-        krylov = lanczos(fixed.mv, op.space, steps, key_start, fori_loop=fori_loop(op))
+        krylov = lanczos(fixed.mv, op.space, steps, key_start, fori_loop=fori_loop(op), layout=op.layout)
         kept = jnp.argsort(-jnp.abs(krylov.values))[: self.rank]
         pairs = LowRank(jax.tree.map(lambda x: x[kept], krylov.vectors), krylov.values[kept])
         found = jnp.all(krylov.residuals[kept] <= RITZ_TOLERANCE * jnp.max(jnp.abs(krylov.values)))
@@ -147,7 +147,7 @@ def _none_larger(op: LinearOperator, pairs: LowRank, key: Key) -> Array:
 
     steps = min(CHECK_STEPS, op.size - pairs.values.shape[0])
     product = lambda v: outside(tree.promote(op.mv(outside(v))))
-    rest = lanczos(product, op.space, steps, key, fori_loop=fori_loop(op))
+    rest = lanczos(product, op.space, steps, key, fori_loop=fori_loop(op), layout=op.layout)
     smallest, largest = jnp.min(jnp.abs(pairs.values)), jnp.max(jnp.abs(pairs.values))
     return jnp.max(jnp.abs(rest.values)) <= smallest + RITZ_TOLERANCE * largest
 

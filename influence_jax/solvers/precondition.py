@@ -11,7 +11,7 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
-from ..batching import check_key, check_positive, map_over, rhs_chunk_or_default
+from ..batching import check_key, check_positive, map_rows
 from ..curvature import LinearOperator, diagonal
 from ..curvature.capabilities import wide_dtype
 from .base import Solver, measured
@@ -97,5 +97,5 @@ def _hutchinson(op: LinearOperator, probes: int, key: Key) -> PyTree:
         signs = tree.unflatten(jax.random.rademacher(probe_key, (op.size,), wide_dtype(op.space)), op.space)
         return jax.tree.map(jnp.multiply, signs, op.mv(signs))
 
-    products = map_over(one, jax.random.split(key, probes), chunk=rhs_chunk_or_default(op.rhs_chunk))
+    products = map_rows(one, jax.random.split(key, probes), op.rhs_chunk)
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), products)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from .. import tree
 from .._memory import memory_errors
+from .._mesh import on_auto_axes
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
 from ..curvature import LinearOperator, ekfac as ekfac_in_memory, kfac as kfac_in_memory, to_dense, trace
@@ -81,8 +82,8 @@ def invert(
         settings: dict[str, Any] = {"batch_size": batch_size, "sharding": sharding, "progress": progress}
         fitted = KRONECKER[made](objective, params, loader, **options, **settings)
         return invert_operator(fitted, solver, key=key)
-    source = Blocks(loader, "loader", batch_size, sharding, progress)
-    op = operator(curvature, objective, params, source)
+    source = Blocks(loader, "loader", batch_size, on_auto_axes(sharding), progress)
+    op = operator(curvature, objective, on_auto_axes(params), source)
     if isinstance(solver, Direct | Eigh):
         return invert_operator(Dense(op.params, to_dense(op), op.psd), solver, key=key)
     inverse = invert_operator(op, solver, key=key)

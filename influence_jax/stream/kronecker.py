@@ -9,6 +9,7 @@ import jax
 
 from .. import tree
 from .._memory import memory_errors
+from .._mesh import compiled
 from .._typing import Key, LossFunction, PyTree
 from ..capture import MAX_SIDE
 from ..curvature import EmpiricalFisher, Kronecker
@@ -158,8 +159,8 @@ class _Fit:
         )
 
 
-_moments = jax.jit(moment_sums, static_argnames="recipe")
-_squares = jax.jit(square_sums, static_argnames="recipe")
-_eigenbases = jax.jit(eigenbases)
-_corrected = jax.jit(corrected)
+_moments = compiled(moment_sums, static_argnames="recipe")
+_squares = compiled(square_sums, static_argnames="recipe")
+_eigenbases = compiled(eigenbases)
+_corrected = compiled(corrected)
 _added = partial(jax.jit, donate_argnums=0)(tree.add)

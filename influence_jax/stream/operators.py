@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import blocks, tree
+from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
 from ..curvature import Diagonal, Identity, Kronecker, LinearOperator, LowRank, Scaled, Sum
@@ -143,7 +144,7 @@ def _mass(op: LinearOperator, count: Array | int) -> Array:
     return jnp.asarray(count, wide_dtype(op.space))
 
 
-@partial(jax.jit, static_argnames="product")
+@partial(compiled, static_argnames="product")
 def _sums(
     op: LinearOperator, count: Array | int, arguments: tuple, product: Callable[..., PyTree]
 ) -> list[tuple[PyTree, Array]]:
@@ -165,7 +166,7 @@ def _added(total: PyTree, summed: PyTree) -> PyTree:
     return tree.add(total, summed)
 
 
-@jax.jit
+@compiled
 def _divided(sums: Sequence[tuple[PyTree, Array]]) -> PyTree:
     means = [jax.tree.map(lambda x, m=mass: x / m.astype(x.dtype), summed) for summed, mass in sums]
     return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *means)

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import tree
 from .._memory import memory_errors
+from .._mesh import compiled
 from .._typing import Array, PyTree
 from ..batching import check_positive
 from ..influence import Influence, _up, self_solved
@@ -210,7 +211,7 @@ def top_k(
     return TopK(values, indices)  # type: ignore[arg-type]  # arrays of NumPy
 
 
-@jax.jit
+@compiled
 def _merged(best: Best, part: Array, start: Array, count: Array) -> Best:
     places = jnp.arange(part.shape[1], dtype=jnp.int32)
     return merge_best(best, part, start + places, places >= count)
