@@ -443,7 +443,7 @@ class TestStores:
     def test_kills(self):
         """Killed at any moment, the same command continues, and ends with the same bits."""
         script = REPOSITORY / "benchmarks" / "kills.py"
-        subprocess.run([sys.executable, str(script), "--kills", "5", "--seconds", "60"], check=True, timeout=300)
+        subprocess.run([sys.executable, str(script), "--kills", "5", "--seconds", "40"], check=True, timeout=300)
 
 
 class TestShares:
