@@ -78,7 +78,6 @@ LAYERS = [
         "store.growing",
         "store.projected",
         "store.gradients",
-        "store.reading",
         "store.scores",
         "store.states",
         "store",

@@ -497,9 +497,11 @@ class TestMistakes:
         with pytest.raises(FileNotFoundError, match="there is no manifest of a store of gradients"):
             GradientStore.open(path.parent / "nothing")
         (path.parent / "file").write_text("")
-        with pytest.raises(ValueError, match="is a file, expected a folder for gradients"):
+        with pytest.raises(ValueError, match="is a file, expected a folder for a store of gradients"):
             GradientStore.create(path.parent / "file")
-        with pytest.raises(ValueError, match=r"is a folder with .* in it and without a manifest"):
+        with pytest.raises(
+            ValueError, match=r"is a folder with .* in it and without the manifest of a store of gradients"
+        ):
             GradientStore.create(path.parent)
 
     def test_with_projections_in_words(self):

@@ -18,8 +18,9 @@ from .._typing import Array, PyTree
 from ..batching import check_positive
 from ..projections import Projection
 from ..scoring import TopK
+from .arrays import differences
 from .files import fingerprint
-from .growing import GrowingStore, differences
+from .growing import GrowingStore, highest
 from .projected import ProjectedInverse, added_moments, check_damping
 
 
@@ -48,6 +49,7 @@ class GradientStore(GrowingStore):
     """
 
     holds: ClassVar[str] = "gradients"
+    called: ClassVar[str] = "store of gradients"
     kind: ClassVar[dict[str, Any]] = {"kind": "gradients", "format": 1}
     dimensions: ClassVar[tuple[str, ...]] = ("train", "projected")
 
@@ -126,20 +128,8 @@ class GradientStore(GrowingStore):
         Raises:
           ValueError: If a chunk is not finished, missing or damaged.
         """
-        for index in self._indices(len(self)):
-            rows = self._read_whole(index)
-            start = index[0] * self._manifest["train_rows"]
-            yield slice(start, start + len(rows)), rows
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("copy: got False, but gradients on disk cannot be an array without a copy")
-        rows = [rows for _, rows in self.blocks()]
-        whole = np.concatenate(rows) if rows else np.zeros(self.shape, self.dtype)
-        return whole.astype(self.dtype if dtype is None else dtype, copy=False)
+        for (places, _), rows in self._blocks():
+            yield places, rows
 
     def check_same(self, projection: Projection | None = None, params: PyTree = None) -> None:
         """Raise unless the gradients went through this projection, or were taken at these parameters.
@@ -226,19 +216,8 @@ class GradientStore(GrowingStore):
           TypeError: If k is not an int.
           ValueError: If k is not between 1 and N, or as `scores`.
         """
-        check_positive(k, "k")
-        if k > len(self):
-            raise ValueError(f"k: got {k}, expected between 1 and {len(self)}, the number of training examples")
-        projected = self.project(vectors, projection, params)
-        dtype = tree.accumulation_dtype(projected.dtype, self.dtype)
-        best, places = np.empty((len(projected), 0), dtype), np.empty((len(projected), 0), np.int32)
-        for columns, part in self._products(projected):
-            here = np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), part.shape)
-            seen, where = np.concatenate([best, part], axis=1), np.concatenate([places, here], axis=1)
-            # Those seen before have lower indices, and a stable sort keeps them first; NaN goes last.
-            order = np.argsort(-seen, axis=1, kind="stable")[:, :k]
-            best, places = np.take_along_axis(seen, order, axis=1), np.take_along_axis(where, order, axis=1)
-        return TopK(best, places)  # type: ignore[arg-type]
+        self._check_k(k)
+        return highest(self._products(self.project(vectors, projection, params)), k)
 
     def _rows(self) -> Iterator[tuple[slice, np.ndarray]]:
         """As `blocks`, all of the same shape: a last one has zeros for the rows it lacks, so one program is enough."""

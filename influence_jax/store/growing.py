@@ -6,19 +6,22 @@ import abc
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
 
+from ..batching import check_positive
+from ..scoring import TopK
 from .arrays import (
     RECOMPUTE,
     checksum,
     chunk_file,
     chunk_shape,
     create_array,
+    differences,
     grow,
     open_array,
     read_group,
@@ -39,11 +42,13 @@ class GrowingStore(abc.ABC):
 
     Attributes:
       holds: What is stored, which is also the name of the array.
+      called: What the store is called in messages.
       kind: What tells this kind of store from others, in its manifest.
       dimensions: Names of the axes, one of which is `"train"`.
     """
 
     holds: ClassVar[str]
+    called: ClassVar[str]
     kind: ClassVar[dict[str, Any]]
     dimensions: ClassVar[tuple[str, ...]]
 
@@ -80,7 +85,7 @@ class GrowingStore(abc.ABC):
         """
         store = cls(path)
         if store.path.exists() and not store.path.is_dir():
-            raise ValueError(f"path: {path} is a file, expected a folder for {cls.holds}; give another path")
+            raise ValueError(f"path: {path} is a file, expected a folder for a {cls.called}; give another path")
         if (store.path / "zarr.json").exists():
             store._read_manifest()
         elif store.path.is_dir():
@@ -89,8 +94,8 @@ class GrowingStore(abc.ABC):
             others = [name for name in names if not name.startswith(("lock-", ".zarr.json"))]
             if others:
                 raise ValueError(
-                    f"path: {path} is a folder with {others[:3]} in it and without a manifest of {cls.holds}; give "
-                    "another path, or empty it"
+                    f"path: {path} is a folder with {others[:3]} in it and without the manifest of a {cls.called}; "
+                    "give another path, or empty it"
                 )
         return store
 
@@ -117,7 +122,7 @@ class GrowingStore(abc.ABC):
         wanted = json.loads(json.dumps({**self.kind, **wanted}))
         self.close()
         if process == 0:
-            with writing(self.holds, self.path):
+            with writing(f"a {self.called}", self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
         self._process, self._lock = process, Lock(self.path / f"lock-{process}")
         try:
@@ -139,10 +144,10 @@ class GrowingStore(abc.ABC):
             raise
 
     def _read_manifest(self) -> None:
-        manifest = read_group(self.path, f"store of {self.holds}")
+        manifest = read_group(self.path, self.called)
         got = {key: manifest.get(key) for key in self.kind}
         if got != self.kind:
-            raise ValueError(f"{self.path}: holds {got}, expected a store of {self.kind}; give another path")
+            raise ValueError(f"{self.path}: holds {got}, expected a {self.called}, {self.kind}; give another path")
         self._manifest = manifest
 
     def _read_ledgers(self) -> None:
@@ -152,7 +157,8 @@ class GrowingStore(abc.ABC):
                 self._remember(record)
 
     def _remember(self, record: dict[str, Any]) -> None:
-        self._records.setdefault(tuple(record["chunk"]), {})[record["entries"]] = record
+        index = tuple(record[name] for name in self.dimensions)
+        self._records.setdefault(index, {})[record["entries"]] = record
 
     def _shared_array(self) -> Any:
         """The array; its description says nothing the manifest and the ledgers do not, so it is made again if lost."""
@@ -162,7 +168,7 @@ class GrowingStore(abc.ABC):
         except (FileNotFoundError, ValueError):
             if self._process != 0:
                 raise
-            with writing(self.holds, self._folder):
+            with writing(f"the {self.holds}", self._folder):
                 (self._folder / "zarr.json").unlink(missing_ok=True)
             dtype = self._manifest["dtype"]
             array = create_array(self._folder, self._shape(self._extent), dtype, self._chunks(), self.dimensions)
@@ -196,32 +202,34 @@ class GrowingStore(abc.ABC):
         pairs = zip(self._shape(examples), self._chunks(), strict=True)
         return list(itertools.product(*(range(-(-length // size)) for length, size in pairs)))
 
+    def _bounds(self, index: Index, shape: Index) -> list[tuple[int, int]]:
+        """Where a chunk starts and stops along each axis of an array of this shape."""
+        places = zip(index, self._chunks(), shape, strict=True)
+        return [(place * size, min((place + 1) * size, length)) for place, size, length in places]
+
     def _write(self, index: Index, values: np.ndarray, data: str) -> None:
         """Write a chunk; it is durable and counts as finished on return."""
-        ledger, chunks = self._require_writer(), self._chunks()
-        start, dtype = index[self._train] * chunks[self._train], self.dtype
+        ledger, chunks, dtype = self._require_writer(), self._chunks(), self.dtype
+        start = index[self._train] * chunks[self._train]
         rows = values.shape[self._train] if values.ndim == len(chunks) else 0
-        whole = self._shape(start + rows)
-        corners = zip(index, chunks, whole, strict=True)
-        inside = [min(size, length - place * size) for place, size, length in corners]
-        if values.dtype != dtype or values.shape != tuple(inside) or rows == 0:
-            expected = [size if axis != self._train else f"1 to {size}" for axis, size in enumerate(chunks)]
-            raise ValueError(
-                f"{self.holds}: got {values.dtype} {values.shape} for chunk {index}, expected {dtype} {tuple(expected)}"
-            )
+        room = [stop - begin for begin, stop in self._bounds(index, self._shape(start + chunks[self._train]))]
+        expected = [rows if axis == self._train else length for axis, length in enumerate(room)]
+        if values.dtype != dtype or values.shape != tuple(expected) or not 0 < rows <= chunks[self._train]:
+            got = f"shape {values.shape}" if values.dtype == dtype else f"{values.dtype} {values.shape}"
+            told = ", ".join(f"at most {size}" if axis == self._train else str(size) for axis, size in enumerate(room))
+            raise ValueError(f"{self.holds}: got {got} for chunk {index}, expected {dtype} ({told})")
         self._array = grow(self._folder, self._array, self._shape(start + rows))
         write_chunk(self._folder, self._array, index, values)
-        record = {"chunk": list(index), "start": start, "rows": rows, "data": data, "entries": checksum(values)}
+        record = {**dict(zip(self.dimensions, index, strict=True)), "start": start, "rows": rows, "data": data}
+        record["entries"] = checksum(values)
         ledger.append(record)
         self._remember(record)
 
     def _read(self, index: Index) -> tuple[np.ndarray, dict[str, Any]]:
         """A finished chunk, and its record; ValueError if it is not finished, missing or damaged."""
-        file, chunks = chunk_file(self._folder, index), self._chunks()
+        file = chunk_file(self._folder, index)
         for record in self._records.get(index, {}).values():
-            shape = self._shape(record["start"] + record["rows"])
-            corners = zip(index, chunks, shape, strict=True)
-            bounds = [(place * size, min((place + 1) * size, length)) for place, size, length in corners]
+            bounds = self._bounds(index, self._shape(record["start"] + record["rows"]))
             values = read_region(self._folder, self._array, bounds)
             if checksum(values) == record["entries"]:
                 return values, record
@@ -229,14 +237,18 @@ class GrowingStore(abc.ABC):
             raise ValueError(f"{file}: this chunk is not finished; run the same command again to compute it")
         raise ValueError(f"{file}: this chunk holds other {self.holds} than those that were finished; {RECOMPUTE}")
 
-    def _read_whole(self, index: Index) -> np.ndarray:
-        """A chunk with all of its training examples."""
+    def _read_whole(self, index: Index) -> tuple[tuple[slice, ...], np.ndarray]:
+        """A chunk with all of its training examples, and its place in the array."""
         values, record = self._read(index)
         rows = min(self._chunks()[self._train], self.shape[self._train] - record["start"])
         if record["rows"] != rows:
             file = chunk_file(self._folder, index)
             raise ValueError(f"{file}: this chunk is finished up to {record['rows']} of {rows} examples; {RECOMPUTE}")
-        return values
+        return tuple(slice(*bound) for bound in self._bounds(index, self.shape)), values
+
+    def _blocks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The array chunk by chunk, training examples innermost: place and values of each."""
+        return map(self._read_whole, self._indices(self.shape[self._train]))
 
     def _finished(self, index: Index) -> str | None:
         """Fingerprint of the batch that a chunk was computed from; None if it is to be computed."""
@@ -300,6 +312,23 @@ class GrowingStore(abc.ABC):
             return False
         return all(index in self._records for index in self._indices(self._manifest["examples"]))
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError(f"copy: got False, but {self.holds} on disk cannot be an array without a copy")
+        whole = np.empty(self.shape, self.dtype)
+        for places, values in self._blocks():
+            whole[places] = values
+        return whole.astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def _check_k(self, k: int) -> None:
+        check_positive(k, "k")
+        examples = self.shape[self._train]
+        if k > examples:
+            raise ValueError(f"k: got {k}, expected between 1 and {examples}, the number of training examples")
+
     def close(self) -> None:
         """Let others write; safe to call twice."""
         for held in (self._ledger, self._lock):
@@ -320,37 +349,41 @@ class GrowingStore(abc.ABC):
     def _require_writer(self) -> Ledger:
         if self._ledger is None:
             name = type(self).__name__
-            raise ValueError(f"{self.path}: is not being written; give {name}.create(path) to the computation")
+            raise ValueError(
+                f"{self.path}: this store is not being written; give {name}.create(path) to the computation"
+            )
         return self._ledger
 
     def __repr__(self) -> str:
         name = f"{type(self).__name__}({os.fspath(self.path)!r}"
         if self._array is None:
             return f"{name}, not begun)"
+        what = self._manifest.get("what", self.holds)
         indices = self._indices(self.shape[self._train])
         done = sum(index in self._records for index in indices)
         state = "complete" if self.complete else f"{done} of {len(indices)} chunks so far"
-        return f"{name}, {' x '.join(map(str, self.shape))} {self.dtype}, {state})"
+        return f"{name}, {what}, {' x '.join(map(str, self.shape))} {self.dtype}, {state})"
 
 
-def differences(have: Mapping[str, Any], wanted: Mapping[str, Any], now: str) -> str:
-    """What differs between two manifests, in words; entries of inner dicts one by one.
+def highest(parts: Iterable[tuple[slice, np.ndarray]], k: int) -> TopK:
+    """The k highest entries of each row of a table that comes part by part; ties go to the lower column.
+
+    Args:
+      parts: Columns and values of each part, from left to right.
+      k: How many, at most as many as there are columns.
+
+    Returns:
+      Values and columns, NumPy arrays `(rows, k)`.
 
     Example:
-      >>> differences({"dim": 8, "versions": {"jax": "0.9"}}, {"dim": 9, "versions": {"jax": "0.9"}}, "now")
-      'dim: 8 in the store, 9 now'
+      >>> highest([(slice(0, 2), np.array([[1, 5]])), (slice(2, 3), np.array([[5]]))], 2).indices
+      array([[1, 2]], dtype=int32)
     """
-    before, after = _flat(have), _flat(wanted)
-    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    told: Sequence[str] = [f"{key}: {before.get(key)} in the store, {after.get(key)} {now}" for key in differing]
-    return "; ".join(told)
-
-
-def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in manifest.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key} ")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
-    return flat
+    best: tuple[np.ndarray, ...] = ()
+    for columns, part in parts:
+        here = part, np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), part.shape)
+        seen = [np.concatenate(both, axis=1) for both in zip(best, here, strict=True)] if best else here
+        # Those seen before have lower indices, and a stable sort keeps them first; NaN goes last.
+        order = np.argsort(-seen[0], axis=1, kind="stable")[:, :k]
+        best = tuple(np.take_along_axis(entries, order, axis=1) for entries in seen)
+    return TopK(*best)  # type: ignore[arg-type]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import tree as trees
 from .._typing import PyTree
-from .arrays import RECOMPUTE, checksum, create_array, grow, open_array, read_tree, write_chunk, write_group, write_tree
-from .files import Ledger, Lock, writing
-from .reading import KIND, WHAT, StoredScores
+from ..scoring import TopK
+from .arrays import read_tree, write_tree
+from .growing import GrowingStore, highest
 
 
-class ScoreStore(StoredScores):
+class ScoreStore(GrowingStore):
     """Scores `(Q, N)` on disk, which zarr and xarray read, and which an interrupted computation continues.
 
     A chunk counts once it is written, durable and in the ledger with a checksum; whatever is missing or damaged is
@@ -35,57 +36,30 @@ class ScoreStore(StoredScores):
       array([1., 1., 1.], dtype=float32)
     """
 
+    holds: ClassVar[str] = "scores"
+    called: ClassVar[str] = "score store"
+    kind: ClassVar[dict[str, Any]] = {"kind": "scores", "format": 1}
+    dimensions: ClassVar[tuple[str, ...]] = ("query", "train")
+
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
-        self._lock: Lock | None = None
-        self._ledger: Ledger | None = None
-        self._process = 0
+        self._factors: set[int] = set()
 
-    @classmethod
-    def create(cls, path: str | os.PathLike) -> ScoreStore:
-        """A place to write scores: a new store, or one that is there and is continued.
+    def _shape(self, examples: int) -> tuple[int, ...]:
+        return (self._manifest["queries"], examples)
 
-        Nothing is on disk until a computation begins to write.
+    def _chunks(self) -> tuple[int, ...]:
+        return (self._manifest["query_rows"], self._manifest["train_rows"])
 
-        Args:
-          path: Its folder.
+    def _read_ledgers(self) -> None:
+        self._factors = set()
+        super()._read_ledgers()
 
-        Raises:
-          ValueError: If something else is there.
-        """
-        store = cls(path)
-        if store.path.exists() and not store.path.is_dir():
-            raise ValueError(f"path: {path} is a file, expected a folder for a {WHAT}; give another path")
-        if (store.path / "zarr.json").exists():
-            store._read_manifest()
-        elif store.path.is_dir():
-            names = sorted(entry.name for entry in store.path.iterdir())
-            # An interruption can leave these before the store is begun.
-            others = [name for name in names if not name.startswith(("lock-", ".zarr.json"))]
-            if others:
-                raise ValueError(
-                    f"path: {path} is a folder with {others[:3]} in it and without the manifest of a {WHAT}; give "
-                    "another path, or empty it"
-                )
-        return store
-
-    @classmethod
-    def open(cls, path: str | os.PathLike) -> ScoreStore:
-        """The scores that are on disk, for reading; those of an unfinished computation as far as it is.
-
-        Args:
-          path: Its folder.
-
-        Raises:
-          FileNotFoundError: If there is no store.
-          ValueError: If it is damaged.
-        """
-        store = cls(path)
-        store._read_manifest()
-        store._read_ledgers()
-        store._array = open_array(store._scores)
-        store._check_array(store._array)
-        return store
+    def _remember(self, record: dict[str, Any]) -> None:
+        if "factors" in record:
+            self._factors.add(record["factors"])
+        else:
+            super()._remember(record)
 
     def begin(
         self,
@@ -112,54 +86,8 @@ class ScoreStore(StoredScores):
           ValueError: If the store belongs to another computation or is damaged.
           OSError: If it cannot be written.
         """
-        sizes = {"queries": queries, "query_rows": query_rows, "train_rows": train_rows, "dtype": np.dtype(dtype).name}
-        wanted = json.loads(json.dumps({**KIND, **manifest, **sizes}))
-        self.close()
-        if process == 0:
-            with writing("a score store", self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-        self._process, self._lock = process, Lock(self.path / f"lock-{process}")
-        try:
-            if process == 0 and not (self.path / "zarr.json").exists():
-                write_group(self.path, {**wanted, "complete": False})
-            self._read_manifest()
-            self._check_same(wanted)
-            self._read_ledgers()
-            self._array = self._shared_array()
-            self._ledger = Ledger(self._ledger_file(process))
-        except BaseException:
-            self.close()
-            raise
-
-    def _ledger_file(self, process: int) -> Path:
-        return self.path / f"ledger-{process}.jsonl"
-
-    def _check_same(self, wanted: Mapping[str, Any]) -> None:
-        """Raise unless the store is of the computation that is wanted."""
-        have = {key: value for key, value in self._manifest.items() if key not in ("complete", "examples")}
-        have, wanted = _flat(have), _flat(wanted)
-        differing = [key for key in {**have, **wanted} if have.get(key) != wanted.get(key)]
-        if differing:
-            told = "; ".join(f"{key}: {have.get(key)} in the store, {wanted.get(key)} now" for key in differing)
-            raise ValueError(
-                f"{self.path}: holds scores of another computation ({told}); give another path, or the arguments "
-                "and versions of before"
-            )
-
-    def _shared_array(self) -> Any:
-        """The array; its description says nothing the manifest and the ledgers do not, so it is made again if lost."""
-        try:
-            array = open_array(self._scores)
-            self._check_array(array)
-        except (FileNotFoundError, ValueError):
-            if self._process != 0:
-                raise
-            with writing("the scores", self._scores):
-                (self._scores / "zarr.json").unlink(missing_ok=True)
-            about = self._manifest
-            shape, chunks = (about["queries"], self._extent), (about["query_rows"], about["train_rows"])
-            array = create_array(self._scores, shape, about["dtype"], chunks, ("query", "train"))
-        return grow(self._scores, array, (self._manifest["queries"], self._extent))
+        sizes = {"queries": queries, "query_rows": query_rows, "train_rows": train_rows}
+        self._begin({**manifest, **sizes, "dtype": jnp.dtype(dtype).name}, process)
 
     def finished(self, query_block: int, train_block: int) -> str | None:
         """Fingerprint of the batch that a finished chunk was computed from; None if it is to be computed.
@@ -167,11 +95,7 @@ class ScoreStore(StoredScores):
         Raises:
           ValueError: If the store is not begun.
         """
-        self._require_writer()
-        try:
-            return self._read_chunk(query_block, train_block)[1]["data"]
-        except ValueError:  # missing or damaged
-            return None
+        return self._finished((query_block, train_block))
 
     def write(self, query_block: int, train_block: int, scores: np.ndarray, *, data: str) -> None:
         """Write a chunk; it is durable and counts as finished on return.
@@ -186,20 +110,7 @@ class ScoreStore(StoredScores):
           ValueError: If the shape or dtype is not that of the chunk, or the store is not begun.
           OSError: If it cannot be written.
         """
-        ledger, about = self._require_writer(), self._manifest
-        rows, columns = self._slices(query_block, train_block)
-        if scores.dtype != about["dtype"] or scores.ndim != 2 or not 0 < scores.shape[1] <= about["train_rows"]:
-            raise ValueError(
-                f"scores: got {scores.dtype} {scores.shape} for chunk ({query_block}, {train_block}), expected "
-                f"{about['dtype']} ({rows.stop - rows.start}, at most {about['train_rows']})"
-            )
-        start, count = columns.start, scores.shape[1]
-        self._array = grow(self._scores, self._array, (about["queries"], start + count))
-        write_chunk(self._scores, self._array, (query_block, train_block), scores)
-        record = {"query": query_block, "train": train_block, "start": start, "rows": count, "data": data}
-        record["entries"] = checksum(scores)
-        ledger.append(record)
-        self._remember(record)
+        self._write((query_block, train_block), scores, data)
 
     def load_factors(self, query_block: int, like: PyTree) -> PyTree | None:
         """Factors of a block of queries; None if they are not there, or not as expected, or damaged.
@@ -233,67 +144,59 @@ class ScoreStore(StoredScores):
         if self._process == 0:
             leaves = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(factors)}
             write_tree(self._factor_folder(query_block), leaves)
-            ledger.append({"factors": query_block})
-            self._factors.add(query_block)
+            record = {"factors": query_block}
+            ledger.append(record)
+            self._remember(record)
 
     def _factor_folder(self, query_block: int) -> Path:
         return self.path / "factors" / str(query_block)
 
-    def finish(self, examples: int) -> None:
-        """Say that the scores are complete; of several processes the first does, after the others wrote theirs.
-
-        Args:
-          examples: N.
+    def blocks(self) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """The scores chunk by chunk: rows, columns and values of each.
 
         Raises:
-          ValueError: If a chunk is not finished.
-          OSError: If it cannot be written.
+          ValueError: If a chunk is not finished, missing or damaged.
         """
-        self._require_writer()
-        if self._process != 0:
-            return
-        self._read_ledgers()
-        last = -(-examples // self._manifest["train_rows"]) - 1
-        missing = [index for index in self._indices(examples) if index not in self._records]
-        if missing or self._extent != examples or any(train > last for _, train in self._records):
-            raise ValueError(
-                f"examples: got {examples}, but the chunks that are finished hold {self._extent} and lack "
-                f"{missing[:3] or 'none'}; {RECOMPUTE}"
-            )
-        shape = (self._manifest["queries"], examples)
-        self._array = grow(self._scores, open_array(self._scores), shape)
-        if tuple(self._array.shape) != shape:  # grown for a chunk that was never finished
-            with writing("the shape of the scores", self._scores):
-                self._array = self._array.resize(exclusive_max=shape).result()
-        finished = {**self._manifest, "complete": True, "examples": examples}
-        if finished != self._manifest:
-            write_group(self.path, finished)
-            self._manifest = finished
+        for (rows, columns), scores in self._blocks():
+            yield rows, columns, scores
 
-    def close(self) -> None:
-        """Let others write; safe to call twice."""
-        for held in (self._ledger, self._lock):
-            if held is not None:
-                held.close()
-        self._ledger = self._lock = None
+    def top_k(self, k: int) -> TopK:
+        """The k most helpful training examples of each query, read chunk by chunk; ties go to the lower index.
 
-    def __enter__(self) -> ScoreStore:
-        return self
+        Args:
+          k: How many, `1 <= k <= N`.
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        Returns:
+          Scores and places, NumPy arrays `(Q, k)`.
 
-    def _require_writer(self) -> Ledger:
-        if self._ledger is None:
-            raise ValueError(
-                f"{self.path}: this store is not being written; give ScoreStore.create(path) to the computation"
-            )
-        return self._ledger
+        Raises:
+          TypeError: If k is not an int.
+          ValueError: If k is not between 1 and N, or a chunk is not finished, missing or damaged.
+        """
+        self._check_k(k)
+        by_queries = itertools.groupby(self.blocks(), key=lambda block: block[0].start)
+        found = [highest(((columns, scores) for _, columns, scores in blocks), k) for _, blocks in by_queries]
+        return TopK(*(np.concatenate(parts) for parts in zip(*found, strict=True)))  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        keys = key if isinstance(key, tuple) else (key,)
+        if len(keys) > 2 or not all(isinstance(part, slice | int | np.integer) for part in keys):
+            raise TypeError(f"got the index {key!r}, expected ints or slices, of queries and of training examples")
+        keys += (slice(None),) * (2 - len(keys))
+        places = [range(length)[part] for part, length in zip(keys, self.shape, strict=True)]
+        wanted = [part if isinstance(part, range) else range(part, part + 1) for part in places]
+        touched = [sorted({place // size for place in part}) for part, size in zip(wanted, self._chunks(), strict=True)]
+        out = np.empty([len(part) for part in wanted], self.dtype)
+        for index in itertools.product(*touched):
+            block, scores = self._read_whole(index)
+            overlaps = [_overlap(part, along) for part, along in zip(wanted, block, strict=True)]
+            into, taken = zip(*overlaps, strict=True)
+            out[np.ix_(*into)] = scores[np.ix_(*taken)]
+        return out[tuple(slice(None) if isinstance(part, range) else 0 for part in places)]
 
 
-def _flat(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Values as text, those of the versions one by one."""
-    versions = manifest.get("versions")
-    parts = {f"version of {name}": value for name, value in versions.items()} if isinstance(versions, dict) else {}
-    rest = manifest if not parts else {key: value for key, value in manifest.items() if key != "versions"}
-    return {key: json.dumps(value, sort_keys=True) for key, value in {**rest, **parts}.items()}
+def _overlap(places: range, block: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the places lie in the block, and where in it."""
+    all_places = np.arange(places.start, places.stop, places.step)
+    inside = np.flatnonzero((all_places >= block.start) & (all_places < block.stop))
+    return inside, all_places[inside] - block.start
