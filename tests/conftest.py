@@ -4,6 +4,7 @@ These are settings of the tests, never of the library.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import pathlib
@@ -19,6 +20,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_enable_x64", True)
 
@@ -36,17 +38,57 @@ def pytest_sessionfinish():
         shutil.rmtree(os.environ["INFLUENCE_JAX_PROGRAMS"], ignore_errors=True)
 
 
+# Tracing makes many objects and few cycles: looking for these less often saves a part of the time.
+gc.set_threshold(20_000, 20, 20)
+
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("fixed")
 
 
+# What makes the compiler quick, beside leaving out optimisations, if this version of it has the option.
+OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+
+def known_options() -> dict:
+    """The options that this version of the compiler knows."""
+    known = {}
+    for name, value in OPTIONS.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+            known[name] = value
+    return known
+
+
+def compile_quickly(quick: bool) -> None:
+    """Whether what is compiled from here on is compiled quickly, or as users do."""
+    jax.config.update("jax_disable_most_optimizations", quick)
+    compiler.get_compile_options = quick_options if quick else user_options
+
+
+def quick_options(*arguments, env_options_overrides=None, **named):
+    return user_options(*arguments, env_options_overrides={**KNOWN, **(env_options_overrides or {})}, **named)
+
+
+user_options, KNOWN = getattr(compiler, "get_compile_options", None), known_options()
+compile_quickly(True)  # also what test modules compute when they are imported
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: compiled quickly in a file that is compiled as users do")
+    # One process may look up a program while another is writing it, and then compiles it itself.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+
+
 @pytest.fixture(autouse=True)
-def compiler(request):
+def compiled(request):
     """Compile quickly, but as users do where numbers are compared with stored ones or a compiler is on trial."""
-    fast = pathlib.Path(request.node.path).stem not in ("test_golden", "test_package", "test_influence")
-    jax.config.update("jax_disable_most_optimizations", fast)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    as_users = pathlib.Path(request.node.path).stem in ("test_golden", "test_package", "test_influence")
+    if as_users and request.node.get_closest_marker("quick") is None:
+        compile_quickly(False)
+        yield
+        compile_quickly(True)
+    else:
+        yield
 
 
 # Every compiled program maps memory, and Linux grants a process 65,530 maps: beyond, the compiler crashes.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pathlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import influence_jax as ij
+from influence_jax.objective import as_objective
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -29,6 +32,14 @@ def tree_error(got: Any, expected: Any) -> float:
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (got, expected)]
     return relative_error(*flat)
+
+
+def flat(tree: Any, like: Any) -> np.ndarray:
+    """What `ij.flatten` does, `(*lead, P)`, by numpy."""
+    assert jax.tree.structure(tree) == jax.tree.structure(like)
+    pairs = [(np.asarray(x), np.shape(y)) for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)]
+    assert all(x.shape[x.ndim - len(shape) :] == shape for x, shape in pairs)
+    return np.concatenate([x.reshape(*x.shape[: x.ndim - len(shape)], -1) for x, shape in pairs], axis=-1)
 
 
 def squared_loss(out: jax.Array, example: ij.Batch) -> jax.Array:
@@ -89,29 +100,70 @@ def torch_order(params: dict) -> np.ndarray:
     return torch_flat(jax.tree.map(lambda x: x[None], places))[0].astype(int)
 
 
+# Random numbers of the tests are drawn this many at a time, for one program then serves all shapes: entry i of an
+# array depends on the key and i only, so these are the numbers that `jax.random` gives array by array. They are numpy's
+# arrays, which are cut and added without compiling a program for each shape.
+DRAWN, KEYS = 1024, 16
+
+
+@partial(jax.jit, static_argnames=("count", "dtype"))
+def _normals(key: jax.Array, count: int, dtype: Any) -> jax.Array:
+    return jax.random.normal(key, (count,), dtype)
+
+
+@partial(jax.jit, static_argnames=("count", "dtype", "parts"))
+def _normals_of_split(key: jax.Array, count: int, dtype: Any, parts: int = KEYS) -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(key, parts)
+    return keys, jax.vmap(lambda k: jax.random.normal(k, (count,), dtype))(keys)
+
+
+@partial(jax.jit, static_argnames="count")
+def _integers_of_split(key: jax.Array, limit: int, count: int) -> jax.Array:
+    return jax.random.randint(jax.random.split(key)[1], (count,), 0, limit)
+
+
+def _drawn(size: int) -> int:
+    return max(DRAWN, 1 << (size - 1).bit_length() if size else 0)
+
+
+def _cut(numbers: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(numbers)[: math.prod(shape)].reshape(shape)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = float) -> np.ndarray:
+    """`jax.random.normal`, number for number, without a program for each shape."""
+    return _cut(_normals(key, _drawn(math.prod(shape)), jax.dtypes.canonicalize_dtype(dtype)), shape)
+
+
+def split_normals(key: jax.Array, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """`normal` of each shape with the keys of `jax.random.split`."""
+    count = _drawn(max(math.prod(shape) for shape in shapes))
+    rows = _normals_of_split(key, count, jax.dtypes.canonicalize_dtype(float), max(KEYS, len(shapes)))[1]
+    return [_cut(row, shape) for row, shape in zip(np.asarray(rows), shapes, strict=False)]
+
+
 def random_batch(key: jax.Array, count: int, inputs: int, outputs: int, *, classes: bool) -> ij.Batch:
-    key_x, key_y = jax.random.split(key)
-    x = jax.random.normal(key_x, (count, inputs))
-    y = jax.random.randint(key_y, (count,), 0, outputs) if classes else jax.random.normal(key_y, (count, outputs))
-    return ij.Batch(x, y)
+    x, y = split_normals(key, [(count, inputs), (count, outputs)])
+    return ij.Batch(x, _cut(_integers_of_split(key, outputs, _drawn(count)), (count,)) if classes else y)
 
 
 def random_like(key: jax.Array, tree: Any, rows: int | None = None) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     lead = () if rows is None else (rows,)
-    keys = jax.random.split(key, len(leaves))
-    normals = [jax.random.normal(k, lead + x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return structure.unflatten(normals)
+    normals = split_normals(key, [lead + x.shape for x in leaves])
+    return structure.unflatten([n.astype(x.dtype) for n, x in zip(normals, leaves, strict=True)])
 
 
 def random_mlp(key: jax.Array, sizes: tuple[int, ...] = (5, 4, 3)) -> dict:
     params = {}
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        key, key_kernel, key_bias = jax.random.split(key, 3)
+        keys, rows = _normals_of_split(key, _drawn(fan_in * fan_out), jax.dtypes.canonicalize_dtype(float))
+        kernel, bias = np.asarray(rows[1])[: fan_in * fan_out], np.asarray(rows[2])[:fan_out]
         params[f"layer{index}"] = {
-            "kernel": jax.random.normal(key_kernel, (fan_in, fan_out)) / np.sqrt(fan_in),
-            "bias": 0.1 * jax.random.normal(key_bias, (fan_out,)),
+            "kernel": jnp.asarray(kernel.reshape(fan_in, fan_out) / np.sqrt(fan_in, dtype=kernel.dtype)),
+            "bias": jnp.asarray(0.1 * bias),
         }
+        key = keys[0]
     return params
 
 
@@ -120,11 +172,17 @@ def flat_objective(objective: Any, params: Any):
     return lambda flat, example: objective(ij.unflatten(flat, params), example)
 
 
-def dense_reference(kind: type, objective: ij.Objective, params: Any, data: Any, weights: Any = None) -> jax.Array:
+def dense_reference(kind: type, objective: Any, params: Any, data: Any, weights: Any = None) -> np.ndarray:
     """The curvature matrix by `jax.hessian` and `jax.jacobian` on the flat vector, independent of the operators."""
-    flat = ij.flatten(params, params)
     count = jax.tree.leaves(data)[0].shape[0]
-    weights = jnp.ones(count) if weights is None else weights
+    weights = np.ones(count) if weights is None else np.asarray(weights)
+    matrices = np.asarray(_matrices(kind, as_objective(objective), params, data))
+    return np.einsum("n,nij->ij", weights, matrices) / np.sum(weights)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _matrices(kind: type, objective: Any, params: Any, data: Any) -> jax.Array:
+    flat = ij.flatten(params, params)
 
     def of_one(example: Any) -> jax.Array:
         if kind is ij.Hessian:
@@ -136,7 +194,7 @@ def dense_reference(kind: type, objective: ij.Objective, params: Any, data: Any,
         jacobian = jax.jacobian(lambda f: objective.predict(ij.unflatten(f, params), example))(flat)
         return jacobian.T @ jax.hessian(lambda o: objective.loss(o, example))(out) @ jacobian
 
-    return jnp.einsum("n,nij->ij", weights, jax.jit(jax.vmap(of_one))(data)) / jnp.sum(weights)
+    return jax.vmap(of_one)(data)
 
 
 def tiny_mlp(loss: str) -> tuple[dict, ij.Objective, dict, ij.Batch, ij.Batch]:

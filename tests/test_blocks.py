@@ -21,7 +21,7 @@ QUERY = helpers.random_batch(jax.random.key(2), 6, 5, 3, classes=True)
 OBJECTIVE = helpers.CLASSIFICATION
 GGN = ij.GGN(OBJECTIVE, PARAMS, TRAIN)
 LAYERS = ["layer0", "layer1", "layer2"]
-POISONED = ij.Batch(TRAIN.x.at[0, 0].set(jnp.nan), TRAIN.y)
+POISONED = ij.Batch(jnp.asarray(TRAIN.x).at[0, 0].set(jnp.nan), TRAIN.y)
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])

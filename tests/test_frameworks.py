@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from helpers import relative_error
+from zoo import started
 
 import influence_jax as ij
 
@@ -35,30 +36,30 @@ class Convolutions(nn.Module):
 
 def linen_convolutions(key):
     net = Convolutions()
-    batch = ij.Batch(jax.random.normal(key, (8, 3, 3, 1)), jax.random.randint(key, (8,), 0, 3))
-    variables = net.init(key, batch.x)
-    stats = jax.tree.map(lambda x: x.astype(jnp.float64) + 0.5, variables["batch_stats"])
-    return *ij.from_linen(net, {**variables, "batch_stats": stats}, helpers.cross_entropy), batch
+    batch = ij.Batch(helpers.normal(key, (8, 3, 3, 1)), jax.random.randint(key, (8,), 0, 3))
+    shapes = jax.eval_shape(net.init, key, batch.x)
+    statistics = {"mean": np.full(2, 0.5), "var": np.full(2, 1.5)}
+    variables = {"params": started(shapes["params"]), "batch_stats": {"BatchNorm_0": statistics}}
+    assert jax.tree.structure(variables) == jax.tree.structure(shapes)
+    return *ij.from_linen(net, variables, helpers.cross_entropy), batch
 
 
 def linen_dense(key):
     net = nn.Sequential([nn.Dense(4, param_dtype=jnp.float64), nn.tanh, nn.Dense(3, param_dtype=jnp.float64)])
     batch = helpers.random_batch(key, 8, 5, 3, classes=True)
-    return *ij.from_linen(net, net.init(key, batch.x), helpers.cross_entropy), batch
+    return *ij.from_linen(net, started(jax.eval_shape(net.init, key, batch.x)), helpers.cross_entropy), batch
 
 
 def nnx_network(key):
-    net = nnx.Sequential(
-        nnx.Linear(5, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64),
-        jnp.tanh,
-        nnx.Linear(4, 3, rngs=nnx.Rngs(1), param_dtype=jnp.float64),
-    )
+    layer = lambda *sizes: nnx.Linear(*sizes, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    definition, shapes = nnx.split(nnx.eval_shape(lambda: nnx.Sequential(layer(5, 4), jnp.tanh, layer(4, 3))))
+    net = nnx.merge(definition, started(shapes))
     net.eval()
     return *ij.from_nnx(net, helpers.cross_entropy), helpers.random_batch(key, 8, 5, 3, classes=True)
 
 
 def nested_tuples(key):
-    params = ((jax.random.normal(key, (5, 4)), [jnp.zeros(4)]), (jax.random.normal(key, (4, 3)),))
+    params = ((helpers.normal(key, (5, 4)), [jnp.zeros(4)]), (helpers.normal(key, (4, 3)),))
 
     def predict(params, example):
         (first, [bias]), (second,) = params
@@ -69,7 +70,7 @@ def nested_tuples(key):
 
 def one_array(key):
     objective = ij.Objective(lambda w, z: z.x @ w, helpers.cross_entropy)
-    return objective, jax.random.normal(key, (5, 3)), helpers.random_batch(key, 8, 5, 3, classes=True)
+    return objective, helpers.normal(key, (5, 3)), helpers.random_batch(key, 8, 5, 3, classes=True)
 
 
 class Problem:
@@ -90,7 +91,7 @@ class Problem:
         return model.fit(self.data)
 
     def flat(self, factors):
-        return ij.flatten(factors, self.params)
+        return helpers.flat(factors, self.params)
 
     def factors(self, mask=1.0):
         """Gradients solved with the damped curvature, entries outside `mask` (P, P) zeroed."""
@@ -173,7 +174,7 @@ def test_scores_in_a_jitted_function_of_a_train_state():
 def test_tokens_are_perturbed_through_their_embeddings():
     """Integers have no derivative; the way out is to make the embeddings a part of the example."""
     key = jax.random.key(0)
-    params = {"table": jax.random.normal(key, (7, 4)), "head": jax.random.normal(key, (4, 3))}
+    params = {"table": helpers.normal(key, (7, 4)), "head": helpers.normal(key, (4, 3))}
     tokens, labels = jax.random.randint(key, (6, 2), 0, 7), jnp.arange(6) % 3
 
     def head(params, embeddings):
@@ -191,7 +192,7 @@ def test_tokens_are_perturbed_through_their_embeddings():
     through = ij.Influence(split, rest, ij.Identity(rest))
     perturbed = through.influences(embedded, embedded, "perturbation", wrt="embeddings")
     assert perturbed.shape == (6, 6, 2, 4)
-    step = 1e-6 * jax.random.normal(key, embedded["embeddings"].shape)
+    step = 1e-6 * helpers.normal(key, embedded["embeddings"].shape)
     moved = [dict(embedded, embeddings=embedded["embeddings"] + sign * step) for sign in (1, -1)]
     difference = (through.influences(embedded, moved[0]) - through.influences(embedded, moved[1])) / 2
     assert relative_error(jnp.einsum("qntd,ntd->qn", perturbed, step), difference) < 1e-6

@@ -41,8 +41,9 @@ class TestGeneral:
         assert own.shape == (17, 17)
 
     @pytest.mark.parametrize("kind", ["up", ij.InfluenceType.Perturbation])
-    def test_three_roles_in_batches_with_bars(self, exact, kind, capsys):
+    def test_three_roles_in_batches_with_bars(self, exact, kind, capsys, monkeypatch):
         """Training, test and input data are kept apart, each as a batch or as a ragged loader."""
+        monkeypatch.setenv("FORCE_COLOR", "1")  # for which what is captured counts as a terminal
         inputs = helpers.random_batch(jax.random.key(4), 9, 5, 3, classes=True)
         scores = ij.compute_influences(
             OBJECTIVE,
@@ -55,7 +56,7 @@ class TestGeneral:
             progress=True,
         )
         assert relative_error(scores, exact.influences(QUERY, inputs, str(kind))) < 1e-12
-        assert "100%" in capsys.readouterr().out
+        assert "100%" in capsys.readouterr().err
 
     def test_in_two_steps(self, exact):
         result = ij.compute_influence_factors(
@@ -112,7 +113,7 @@ class TestAccumulate:
 
     def test_b1_b3_empirical_fisher_inverse(self):
         """pyDVL's Gauss-Newton factors depend on the batches, or are infinite for one; these do neither."""
-        grads = np.asarray(ij.flatten(ij.per_example_grads(OBJECTIVE, PARAMS, TRAIN), PARAMS))
+        grads = helpers.flat(ij.per_example_grads(OBJECTIVE, PARAMS, TRAIN), PARAMS)
         expected = np.linalg.solve(grads.T @ grads / 17 + 0.1 * np.eye(39), grads.T).T @ grads.T
         for solver in (ij.Direct(0.1), ij.CG(0.1, rtol=1e-12), ij.BlockCG(0.1, rtol=1e-12), ij.SampleSpace(0.1)):
             for training in (TRAIN, split(TRAIN, 9)):
@@ -180,7 +181,7 @@ class TestBounds:
         """The GGN is then indefinite, and nothing is known without a bound from the user."""
         objective = ij.Objective(lambda p, z: p["w"] @ z.x, lambda out, z: jnp.log1p((out - z.y) ** 2))
         params = {"w": jnp.array([0.3, -0.2, 0.5])}
-        data = ij.Batch(jax.random.normal(KEY, (24, 3)), jnp.full(24, 2.0))
+        data = ij.Batch(helpers.normal(KEY, (24, 3)), jnp.full(24, 2.0))
         op = ij.GGN(objective, params, data)
         lowest = float(np.linalg.eigvalsh(np.asarray(ij.to_dense(op)))[0])
         assert lowest < -0.1
@@ -195,7 +196,7 @@ class TestBounds:
     def test_tiny_gradients(self, float32):
         """Their squares are zero in float32; scores, bounds and the order of the best are not."""
         f = lambda params, z: params["w"] @ z
-        data, tiny = jax.random.normal(KEY, (30, 8), jnp.float32), jnp.full((1, 8), 1e-25, jnp.float32)
+        data, tiny = helpers.normal(KEY, (30, 8), jnp.float32), jnp.full((1, 8), 1e-25, jnp.float32)
         op = ij.EmpiricalFisher(f, {"w": jnp.zeros(8, jnp.float32)}, data)
         influence = ij.Influence(f, {"w": jnp.zeros(8, jnp.float32)}, ij.invert(op, ij.CG(0.5, max_steps=2)))
         scores, bounds, _ = ij.score_bounds(influence, tiny, data)

@@ -166,6 +166,7 @@ def test_linear_regression_nystrom_from_the_stored_sketch():
     assert helpers.relative_error(scores, golden.arrays["pydvl/infl_nystroem_rank20_seed0"]) < 1e-9
 
 
+@pytest.mark.quick
 def test_digits_nystrom_as_a_preconditioner():
     """A hundred products in advance save five sixths of the iterations, for the same answer."""
     golden, steps = digits(jnp.float32), []

@@ -3,6 +3,7 @@
 import helpers
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import relative_error, tree_error
 from hypothesis import given, strategies as st
@@ -34,9 +35,9 @@ def test_per_example_grads(chunk):
 def test_jacobian_product_has_a_row_per_example(vectors, chunk):
     V = helpers.random_like(jax.random.key(2), PARAMS, rows=vectors)
     got = ij.jacobian_product(OBJECTIVE, PARAMS, BATCH, V, chunk=chunk, rhs_chunk=chunk)
-    grads = ij.flatten(ij.per_example_grads(OBJECTIVE, PARAMS, BATCH), PARAMS)
+    grads = helpers.flat(ij.per_example_grads(OBJECTIVE, PARAMS, BATCH), PARAMS)
     assert got.shape == (9, vectors)
-    assert relative_error(got, grads @ ij.flatten(V, PARAMS).T) < 1e-12
+    assert relative_error(got, grads @ helpers.flat(V, PARAMS).T) < 1e-12
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4])
@@ -47,12 +48,12 @@ def test_mixed_grads_and_products(chunk):
     for axis in (0, 4):
         shift = step * jnp.eye(5)[axis]
         moved = [ij.Batch(BATCH.x + sign * shift[None], BATCH.y) for sign in (1.0, -1.0)]
-        grads = [ij.flatten(ij.per_example_grads(OBJECTIVE, PARAMS, batch), PARAMS) for batch in moved]
-        got = ij.flatten(mixed, PARAMS)[:, axis]
+        grads = [helpers.flat(ij.per_example_grads(OBJECTIVE, PARAMS, batch), PARAMS) for batch in moved]
+        got = helpers.flat(mixed, PARAMS)[:, axis]
         assert relative_error(got, (grads[0] - grads[1]) / (2 * step)) < 1e-8
     V = helpers.random_like(jax.random.key(2), PARAMS, rows=3)
     products = ij.mixed_product(OBJECTIVE, PARAMS, BATCH, V, chunk=chunk, rhs_chunk=chunk)
-    expected = jnp.einsum("nxp,kp->nkx", ij.flatten(mixed, PARAMS), ij.flatten(V, PARAMS))
+    expected = np.einsum("nxp,kp->nkx", helpers.flat(mixed, PARAMS), helpers.flat(V, PARAMS))
     assert relative_error(products, expected) < 1e-12
 
 

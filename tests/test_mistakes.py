@@ -98,7 +98,7 @@ MISTAKES = [
     ),
     (
         "NaN in data for K-FAC",
-        lambda: ij.kfac(OBJECTIVE, PARAMS, ij.Batch(BATCH.x.at[0, 0].set(jnp.nan), BATCH.y)),
+        lambda: ij.kfac(OBJECTIVE, PARAMS, ij.Batch(jnp.asarray(BATCH.x).at[0, 0].set(jnp.nan), BATCH.y)),
         ValueError,
         ["data", "'x'", "NaN"],
     ),

@@ -117,7 +117,7 @@ def softmax_layer(examples: int = 30, width: int = 4, classes: int = 3, *, bias:
     """A softmax regression on correlated inputs; at scale 0 all predictions are uniform and K-FAC is exact."""
     data = helpers.random_batch(jax.random.key(4), examples, width, classes, classes=True)
     mixing = jnp.triu(jnp.arange(1.0, 1 + width**2).reshape(width, width)) / width
-    params = {"kernel": scale * jax.random.normal(jax.random.key(5), (width, classes))}
+    params = {"kernel": scale * helpers.normal(jax.random.key(5), (width, classes))}
     params |= {"bias": scale * jnp.arange(1.0 * classes)} if bias else {}
     objective = ij.Objective(helpers.affine if bias else helpers.linear, helpers.cross_entropy)
     return objective, params, ij.Batch(data.x @ mixing + 1, data.y)
@@ -157,8 +157,8 @@ def test_b12_by_layer_with_more_queries_than_examples():
 def test_b13_sequences_keep_their_trace(length):
     """However long the sequences, the trace is that of the Fisher matrix, and outputs may have two axes."""
     objective = ij.Objective(lambda p, z: z.x @ p["kernel"], lambda out, z: 0.5 * jnp.mean(jnp.sum(out**2, axis=1)))
-    x = jnp.repeat(jax.random.normal(jax.random.key(6), (9, 1, 4)), length, axis=1)
-    params = {"kernel": jax.random.normal(jax.random.key(7), (4, 3))}
+    x = jnp.repeat(helpers.normal(jax.random.key(6), (9, 1, 4)), length, axis=1)
+    params = {"kernel": helpers.normal(jax.random.key(7), (4, 3))}
     data = ij.Batch(x, jnp.zeros(9))
     trace = ij.trace(ij.ekfac(objective, params, data, labels="empirical"))
     assert float(trace) == pytest.approx(float(ij.trace(ij.EmpiricalFisher(objective, params, data))), rel=1e-12)
@@ -169,13 +169,13 @@ def test_b13_sequences_keep_their_trace(length):
 def test_b14_dead_inputs_without_damping():
     """A singular curvature gives finite factors and a warning; the least damping makes it regular."""
     objective, params, data = softmax_layer()
-    data = ij.Batch(data.x.at[:, 0].set(0), data.y)
+    data = ij.Batch(jnp.asarray(data.x).at[:, 0].set(0), data.y)
     curvature = ij.ekfac(objective, params, data)
     query = jax.tree.map(lambda x: x[:3], data)
     with pytest.warns(ij.ConvergenceWarning, match="did not converge"):
         factors = ij.Influence(objective, params, ij.invert(curvature, ij.Direct(0.0))).influence_factors(query)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(factors))
-    both = {**params, "turn": jax.random.normal(jax.random.key(8), (4, 4))}
+    both = {**params, "turn": helpers.normal(jax.random.key(8), (4, 4))}
     deep = ij.Objective(lambda p, z: z.x @ p["turn"] @ p["kernel"] + p["bias"], helpers.cross_entropy)
     influence = ij.Influence(deep, both, ij.invert(ij.ekfac(deep, both, data), ij.Direct(0.0)))
     with pytest.warns(ij.ConvergenceWarning, match="in block 'turn'"):

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from helpers import cross_entropy
 
@@ -25,8 +27,8 @@ class Case(NamedTuple):
     data: Any
 
 
-def normal(*shape: int, number: int = 0) -> jax.Array:
-    return 0.5 * jax.random.normal(jax.random.fold_in(KEY, number), shape)
+def normal(*shape: int, number: int = 0) -> np.ndarray:
+    return np.multiply(0.5, helpers.normal(jax.random.fold_in(KEY, number), shape))
 
 
 def squared(out: jax.Array, example: ij.Batch) -> jax.Array:
@@ -36,11 +38,6 @@ def squared(out: jax.Array, example: ij.Batch) -> jax.Array:
 def token_loss(logits: jax.Array, example: ij.Batch) -> jax.Array:
     """Summed over positions."""
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, example.y[:, None], axis=-1)[:, 0])
-
-
-def wide(tree: Any) -> Any:
-    """Floating leaves as wide as the mode has them: flax makes float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.result_type(float)), tree)
 
 
 def classified(*shape: int) -> ij.Batch:
@@ -53,9 +50,24 @@ def texts() -> ij.Batch:
 
 
 def linen(module: nn.Module, data: ij.Batch, loss: Callable) -> Case:
-    variables = module.init(KEY, data.x[:1])
-    objective, params = ij.from_linen(module, variables, loss)
-    return Case(objective, jax.tree.map(lambda x: x + 0.1 * normal(*x.shape), wide(params)), data)
+    variables = started(jax.eval_shape(module.init, KEY, data.x[:1]))
+    return Case(*ij.from_linen(module, variables, loss), data)
+
+
+def started(shapes: Any) -> Any:
+    """About what flax starts from, without compiling its initialisers; no leaf is zero, or equal to another.
+
+    Leaves are as wide as the mode has them, where flax makes float32.
+    """
+
+    def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        drawn = normal(*leaf.shape, number=sum(map(ord, name)))
+        if "scale" in name:
+            return jnp.asarray(1 + 0.2 * drawn)
+        return jnp.asarray(0.2 * drawn if "bias" in name else 2 * drawn / np.sqrt(leaf.size / leaf.shape[-1]))
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def plain(predict: Callable, params: Any, data: ij.Batch, loss: Callable = cross_entropy) -> Case:
@@ -155,8 +167,8 @@ class Assorted(nnx.Module):
 
 
 def assorted() -> Case:
-    objective, params = ij.from_nnx(Assorted(), token_loss)
-    return Case(objective, params, texts())
+    definition, shapes = nnx.split(nnx.eval_shape(Assorted))
+    return Case(*ij.from_nnx(nnx.merge(definition, started(shapes)), token_loss), texts())
 
 
 def rotary(params: dict, example: ij.Batch) -> jax.Array:
