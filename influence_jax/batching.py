@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
+from jax.sharding import AbstractMesh
 
 from . import tree
+from ._jaxpr_compat import uses
 from ._mesh import compiled
 from ._pytree import dataclass
 from ._typing import Array, Key, PyTree
@@ -126,6 +128,13 @@ def check_batch(batch: PyTree, name: str) -> None:
                 f"{name}: leaf '{path}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast it "
                 "with .astype(numpy.float32) or run under jax.enable_x64(True)"
             )
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu" and leaf.size:
+            kept = np.iinfo(jax.dtypes.canonicalize_dtype(leaf.dtype))
+            if kept.dtype.itemsize < leaf.dtype.itemsize and not kept.min <= leaf.min() <= leaf.max() <= kept.max:
+                raise TypeError(
+                    f"{name}: leaf '{path}' holds integers beyond {kept.dtype} but 64-bit mode is off, so JAX would "
+                    "cut them; leave out what is no input, e.g. ids, or run under jax.enable_x64(True)"
+                )
 
 
 def check_finite(values: PyTree, name: str) -> None:
@@ -245,7 +254,31 @@ def _fold(count: int, chunk: int | None, devices: int = 1) -> _Fold:
 
 def _devices(batch: PyTree) -> int:
     """Of the mesh that a batch is on: how many may share it, for a program is not told over which axes it is split."""
-    return max(1, *(jax.typeof(leaf).sharding.mesh.size for leaf in jax.tree.leaves(batch)))
+    return max(1, _mesh(batch).size)
+
+
+def _mesh(batch: PyTree) -> AbstractMesh:
+    """The mesh that a batch is on, of size 0 if there is none."""
+    return max((jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(batch)), key=lambda mesh: mesh.size)
+
+
+def each(fn: Callable[..., PyTree], batch: PyTree, *shared: PyTree) -> PyTree:
+    """`fn(example, *shared)` of every example of a chunk, for functions that differentiate in the parameters.
+
+    XLA computes gradients of single examples wrongly for convolutions with channels last when it splits the examples
+    over devices: those of the first device are right, the others are not (seen in jax 0.9.2 and 0.12.0).  There every
+    device is given its examples, and all that is shared, by hand; the rest is left to the compiler.
+    """
+    mesh, axes, shares = _mesh(batch), [], 1
+    for name, size in mesh.shape.items():
+        if tree.count(batch) % (shares * size) == 0:
+            axes, shares = [*axes, name], shares * size
+    mapped = jax.vmap(fn, (0, *(None,) * len(shared)))
+    if mesh.size <= 1 or mesh.manual_axes or not uses(jax.make_jaxpr(mapped)(batch, *shared), "conv"):
+        return mapped(batch, *shared)
+    split, everywhere = PartitionSpec(tuple(axes)), PartitionSpec()
+    specs = (split, *(everywhere,) * len(shared))
+    return jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(batch, *shared)
 
 
 def scan_chunks(

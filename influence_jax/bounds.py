@@ -13,14 +13,14 @@ import numpy as np
 from . import tree
 from ._mesh import compiled
 from ._typing import Array, PyTree
-from .batching import as_batch, chunk_for, map_over
+from .batching import as_batch, chunk_for, map_chunks, map_over
 from .blocks import select
 from .curvature import GGN, LinearOperator, Restricted, Scaled, Sum
 from .curvature.capabilities import wide_dtype
 from .curvature.fisher import MAX_OUTPUTS
 from .curvature.outputs import output_hessian, square_root
 from .curvature.per_example import row_count
-from .gradients import _per_example_grads
+from .gradients import _per_example_grads, grads_of_chunk
 from .influence import Influence
 from .objective import as_objective
 from .solvers import Info, Inverse
@@ -123,13 +123,12 @@ def _score_bounds(
     parts = inverse.by_block
     reach = {name: _reach(part, _part(grads, part), _part(factors, part), lambda_min) for name, part in parts.items()}
 
-    def one(example: PyTree) -> tuple[Array, Array]:
-        grad = tree.stack_of_one(jax.grad(objective)(tree.promote(params), example))
-        by_block = [reach[name] * tree.norms(_part(grad, part)) for name, part in parts.items()]
-        bound = jnp.sum(jnp.stack(by_block), axis=0)
-        return tree.gram(factors, grad)[:, 0], bound
+    def one_chunk(batch: PyTree) -> tuple[Array, Array]:
+        rows = grads_of_chunk(objective, tree.promote(params), batch)
+        by_block = [tree.norms(_part(rows, part))[:, None] * reach[name][None] for name, part in parts.items()]
+        return tree.gram(rows, factors), jnp.sum(jnp.stack(by_block), axis=0)
 
-    scores, bounds = map_over(one, train, chunk=influence.chunk or chunk_for(tree.size(params)))
+    scores, bounds = map_chunks(one_chunk, train, chunk=influence.chunk or chunk_for(tree.size(params)))
     return scores.T, bounds.T, info
 
 

@@ -18,7 +18,7 @@ from . import tree
 from ._jaxpr_compat import uses
 from ._mesh import compiled
 from ._typing import Array, LossFunction, PyTree
-from .batching import as_batch, check_chunk, chunk_for, map_over, map_rows
+from .batching import as_batch, check_chunk, chunk_for, each, map_chunks, map_over, map_rows
 from .objective import LossOnly, Objective, as_objective, get_field, replace_field
 
 
@@ -187,7 +187,13 @@ def _per_example_grads(
     objective: Objective | LossOnly, params: PyTree, batch: PyTree, chunk: int | None = None
 ) -> PyTree:
     params = tree.promote(params)
-    return map_over(partial(jax.grad(objective), params), batch, chunk=chunk or chunk_for(tree.size(params)))
+    one_chunk = partial(grads_of_chunk, objective, params)
+    return map_chunks(one_chunk, batch, chunk=chunk or chunk_for(tree.size(params)))
+
+
+def grads_of_chunk(objective: Objective | LossOnly, params: PyTree, batch: PyTree) -> PyTree:
+    """The gradient of every example, all at once."""
+    return each(lambda example, loss, at: jax.grad(loss)(at, example), batch, objective, params)
 
 
 def directional(fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree) -> tuple[PyTree, PyTree]:

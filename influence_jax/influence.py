@@ -148,7 +148,8 @@ class Influence:
         """`influence_factors`, and how the solves went instead of warnings."""
         if not self.inverse.on_host:
             return _factors(self, query)
-        return solve_with_info(self.inverse, _query_grads(self, query))
+        losses = dataclasses.replace(self, inverse=Identity(self.params))
+        return solve_with_info(self.inverse, _query_grads(losses, query))
 
     def influences_from_factors(
         self, factors: PyTree, train: PyTree, mode: str | InfluenceMode = "up", *, wrt: str | int = "x"
@@ -384,7 +385,7 @@ def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None
     """`self_influences`, and how the solves went instead of warnings."""
     if not influence.inverse.on_host:
         return _self_influences(influence, batch)
-    grads = _query_grads(dataclasses.replace(influence, measurement=None), batch)
+    grads = _query_grads(dataclasses.replace(influence, measurement=None, inverse=Identity(influence.params)), batch)
     solved, info = solve_with_info(influence.inverse, grads)
     return tree.dots(solved, grads), info
 

@@ -86,6 +86,7 @@ LAYERS = [
         "_progress",
         "stream.processes",
         "stream.loaders",
+        "stream.identity",
         "stream.averages",
         "stream.operators",
         "stream.kronecker",

@@ -36,7 +36,8 @@ WORKER = """
 import argparse, os, pathlib
 parser = argparse.ArgumentParser()
 parser.add_argument("--worker", action="store_true")
-for name, kind in (("coordinator", str), ("processes", int), ("process", int), ("timeout", float), ("out", pathlib.Path)):
+kinds = {"coordinator": str, "processes": int, "process": int, "timeout": float, "out": pathlib.Path}
+for name, kind in kinds.items():
     parser.add_argument(f"--{name}", type=kind)
 arguments = parser.parse_args()
 die = (arguments.out.parent / "die").exists() and arguments.process == 1

@@ -74,11 +74,11 @@ def problem(count, seed=0):
 
 
 def sequence_model(params, example):
-    """A convolution, then a recurrence."""
-    axes = ("NWC", "WIO", "NWC")
-    x = jax.lax.conv_general_dilated(example.x[None], params["conv"], (1,), "SAME", dimension_numbers=axes)
+    """Windows of three positions, then a recurrence."""
+    wide = jnp.pad(example.x, ((1, 1), (0, 0)))
+    x = sum(wide[k : k + example.x.shape[0]] @ params["conv"][k] for k in range(3))
     step = lambda h, row: (jnp.tanh(row @ params["in"] + h @ params["back"]), None)
-    return jax.lax.scan(step, jnp.zeros_like(params["back"][0]), jnp.tanh(x[0]))[0] @ params["head"]
+    return jax.lax.scan(step, jnp.zeros_like(params["back"][0]), jnp.tanh(x))[0] @ params["head"]
 
 
 SEQUENCES = ij.Objective(sequence_model, helpers.cross_entropy)
@@ -443,3 +443,21 @@ class TestShardBatch:
             ij.sharding.shard_batch({"x": np.ones(4), "y": np.ones(5)}, mesh)
         with pytest.raises(TypeError, match="mesh: got a NoneType"):
             ij.sharding.replicate({}, None)
+
+
+class TestConvolutions:
+    """XLA computes their derivatives by example wrongly when examples are split over devices."""
+
+    @on(("data", AUTO), ("data", EXPLICIT))
+    def test_are_refused(self, mesh):
+        def predict(params, example):
+            axes = ("NWC", "WIO", "NWC")
+            x = jax.lax.conv_general_dilated(example.x[None], params["conv"], (1,), "SAME", dimension_numbers=axes)
+            return jnp.tanh(x[0]).sum(0)
+
+        objective, (params, data) = ij.Objective(predict, helpers.cross_entropy), sequences(16)
+        params = mesh.params({"conv": params["conv"]})
+        with pytest.raises(ValueError, match=r"objective: its model has convolutions"):
+            ij.per_example_grads(objective, params, mesh.split(data))
+        with pytest.raises(ValueError, match=r"objective: its model has convolutions"):
+            ij.Influence(objective, params, ij.Identity(params)).self_influences(mesh.split(data))

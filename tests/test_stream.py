@@ -97,6 +97,7 @@ LOADERS = {
     "function": lambda data, _: lambda: iter(cut(data, 20)),
     "tensors": lambda data, _: Sequence(data, 20),
     "arrays used again": lambda data, _: Reused(data, 20),
+    "small arrays used again": lambda data, _: Reused(data, 3),
     "memory map": memory_mapped,
     "JAX arrays": lambda data, _: [jax.tree.map(jnp.asarray, batch) for batch in cut(data, 20)],
 }
@@ -214,6 +215,38 @@ class TestMistakes:
         with pytest.raises(TypeError, match="root"):
             ij.stream.invert(ij.GGN, OBJECTIVE, params, loader, ij.SampleSpace(0.1))
 
+    def test_a_shuffled_loader(self):
+        _, data, query = problem()
+        draw = np.random.default_rng(1)
+
+        def shuffled():
+            order = draw.permutation(N)
+            yield from cut(jax.tree.map(lambda x: x[order], data), 20)
+
+        with pytest.raises(ValueError, match=r"not those of an earlier pass; .* shuffle=False"):
+            ij.stream.scores(influence(), cut(query, 3), shuffled)
+
+    def test_curvature_with_data_of_its_own(self):
+        params, data, _ = problem()
+        for size in (20, 7):
+            fixed = ij.GGN(OBJECTIVE, params, jax.tree.map(lambda x, n=size: x[:n], data))
+            with pytest.raises(ValueError, match=r"curvature: .* expected a function of the batch alone"):
+                ij.stream.invert(lambda *a, c=fixed: ij.GGN(*a) + c, OBJECTIVE, params, cut(data, 20), ij.CG(0.1))
+
+    def test_integers_that_do_not_fit(self, float32):
+        params, data, query = jax.tree.map(lambda x: np.asarray(x, "f" if x.dtype.kind == "f" else "i8"), problem())
+        identity = ij.Influence(OBJECTIVE, params, ij.Identity(params))
+        with pytest.raises(TypeError, match="leaf 'y' holds integers beyond int32"):
+            ij.stream.scores(identity, query, [{**data, "y": data["y"] + 2**40}])
+
+    def test_layouts(self):
+        _, data, query = problem()
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        for spec in ((None, "data"), ("data", None), ()):
+            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+            with pytest.raises(ValueError, match=r"sharding: .* the first axis"):
+                ij.stream.scores(influence(), query, cut(data, 24), sharding=sharding)
+
     def test_inside_jit(self):
         params, data, query = problem()
         inverse = ij.stream.invert(ij.GGN, OBJECTIVE, params, cut(data, 20), ij.CG(0.1))
@@ -311,6 +344,8 @@ class TestInverses:
         (first, _), (second, _) = op.parts()
         v = jax.tree.map(jnp.ones_like, params)
         assert relative_error(first.mv(v)["in"], second.mv(v)["in"]) > 1e-3
+        whole = ij.Fisher(OBJECTIVE, params, jax.tree.map(lambda *x: np.concatenate(x), *same), key=KEY)
+        assert relative_error(op.mv(v)["in"], whole.mv(v)["in"]) < 1e-12  # by place, whatever the batches
 
     def test_a_curvature_of_ones_own(self):
         """An operator that knows nothing of weights meets the last batch at its own length."""
@@ -416,6 +451,46 @@ class TestStores:
         moved = ij.Influence(OBJECTIVE, jax.tree.map(lambda x: x + 1e-9, params), influence().inverse)
         with pytest.raises(ValueError, match=r"params: .* in the store"):
             ij.stream.scores(moved, cut(query, 3), cut(data, 20), ij.store.ScoreStore.create(tmp_path / "scores"))
+
+    def test_another_computation_is_refused(self, tmp_path):
+        """Whatever it differs in: data of the fit, keys, what functions close over."""
+        params, data, query = problem()
+
+        def stored(path, inverse, objective=OBJECTIVE):
+            made = ij.Influence(objective, params, inverse)
+            ij.stream.scores(made, query, cut(data, 20), ij.store.ScoreStore.create(tmp_path / path))
+
+        half = jax.tree.map(lambda x: x[: N // 2], data)
+        fits = [ij.invert(ij.ekfac(OBJECTIVE, params, part), ij.Direct(0.1)) for part in (data, half)]
+        keys = [
+            ij.invert(ij.GGN(OBJECTIVE, params, data), ij.Nystrom(0.1, rank=2), key=jax.random.key(k)) for k in (0, 1)
+        ]
+        loaders = [ij.stream.invert(ij.GGN, OBJECTIVE, params, cut(part, 7), ij.CG(0.1)) for part in (data, half)]
+        loaders[1] = ij.stream.invert(
+            ij.GGN, OBJECTIVE, params, cut(jax.tree.map(lambda x: x[7:], data), 7), ij.CG(0.1)
+        )
+        for name, (one, other) in {"fit": fits, "key": keys, "loader": loaders}.items():
+            stored(name, one)
+            stored(name, one)
+            with pytest.raises(ValueError, match=r"inverse: .* in the store"):
+                stored(name, other)
+        losses = [ij.Objective(predict, lambda out, z, scale=scale: scale * loss(out, z)) for scale in (1.0, 2.0)]
+        stored("losses", fits[0], losses[0])
+        with pytest.raises(ValueError, match=r"losses: .* in the store"):
+            stored("losses", fits[0], losses[1])
+
+    def test_what_is_not_finite_is_not_kept(self, tmp_path):
+        params, data, query = problem()
+        inverse = ij.Diagonal(jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), params))
+        broken = ij.Influence(OBJECTIVE, params, inverse)
+        with pytest.raises(ValueError, match="scores: those of 20 examples are NaN"):
+            ij.stream.scores(broken, query, cut(data, 20), ij.store.ScoreStore.create(tmp_path / "scores"))
+
+    def test_stores_of_another_kind(self, tmp_path):
+        _, data, query = problem()
+        for sink in (ij.store.GradientStore.create(tmp_path / "x"), ij.store.ScoreStore):
+            with pytest.raises(TypeError, match=r"sink: got .* influence_jax\.store\.ScoreStore\.create"):
+                ij.stream.scores(influence(), query, cut(data, 20), sink)
 
     def test_a_damaged_chunk_is_computed_again(self, tmp_path):
         whole = np.asarray(self.scores(tmp_path / "scores"))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .. import tree
 from .._typing import Array, PyTree
+from ..batching import each
 from .analysis import Plan
 from .layers import Layer
 from .run import capture
@@ -65,7 +66,7 @@ def layer_factors(
     }
     shapes = dict(zip(plan.names, plan.shapes, strict=True))
 
-    def one(example: PyTree) -> tuple[list[Array], list[Array], dict[str, Array]]:
+    def one(example: PyTree, params: PyTree) -> tuple[list[Array], list[Array], dict[str, Array]]:
         captured = capture(plan, params, example)
         outputs, live = jax.vmap(captured.pull)(cotangents(captured.output, example))
         found = {plan.names[index]: gradient for index, gradient in live.items()}
@@ -73,7 +74,7 @@ def layer_factors(
         zero = lambda name: jnp.zeros((count, *shapes[name].shape), tree.accumulation_dtype(shapes[name].dtype))
         return captured.inputs, outputs, {name: found[name] if name in found else zero(name) for name in needed}
 
-    inputs, outputs, live = jax.vmap(one)(batch)
+    inputs, outputs, live = each(one, batch, params) if needed else jax.vmap(one, (0, None))(batch, params)
     return [_of_layer(layer, inputs, outputs, live) for layer in layers]
 
 

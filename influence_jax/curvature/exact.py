@@ -7,6 +7,7 @@ neither the chunk size nor a ragged tail changes the result beyond rounding.
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -245,6 +246,14 @@ def sum_over_data(
 def divide(summed: PyTree, weight: Array) -> PyTree:
     """Divide every leaf of a weighted sum by the total weight."""
     return jax.tree.map(lambda s: s / weight.astype(s.dtype), summed)
+
+
+def without_data(op: OverData) -> OverData:
+    """The operator as a function of one example."""
+    alone = copy.copy(op)
+    for name in ("data", "weights", "total"):
+        set_field(alone, name, None)
+    return alone
 
 
 def _sum_product(op: OverData, v: PyTree) -> tuple[PyTree, Array]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from .. import tree
 from .._mesh import compiled
 from .._typing import Array, Key, PyTree
-from ..batching import chunk_for, map_over, sum_over
+from ..batching import chunk_for, each, map_over, sum_over
 from ..gradients import directional
 from .capabilities import (
     Root,
@@ -29,7 +29,7 @@ from .capabilities import (
     trace_by_products,
     wide_dtype,
 )
-from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data
+from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data, without_data
 from .fisher import Fisher
 from .outputs import flat_output, output_hessian, square_root
 
@@ -47,8 +47,13 @@ def row_count(op: OverData) -> int:
     return tree.size(jax.eval_shape(partial(flat_output, op.split), tree.shapes(op.params), example))
 
 
-def _factors(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:
-    """`(L_i, R_i)`, stacks with leaves `(C, *leaf)`."""
+def _factors(op: OverData, batch: PyTree) -> tuple[PyTree, PyTree]:
+    """`(L_i, R_i)` of every example of a chunk, leaves `(B, C, *leaf)`."""
+    one = lambda example, losses, params: _factors_of_one(losses, params, example)
+    return each(one, batch, without_data(op), tree.promote(op.params))
+
+
+def _factors_of_one(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:
     if isinstance(op, GGN):
         jacobian = _jacobian(lambda p: flat_output(op.split, p, example), params)
         return jacobian, tree.combine(output_hessian(op.split, params, example), jacobian)
@@ -69,7 +74,7 @@ def _chunk(op: OverData, rows: int) -> int:
 @partial(compiled, static_argnames="rows")
 def _assembled_dense(op: OverData, rows: int) -> Array:
     def chunk_sum(batch: PyTree, weights: Array) -> Array:
-        left, right = jax.vmap(partial(_factors, op, tree.promote(op.params)))(batch)
+        left, right = _factors(op, batch)
         left, right = (tree.flatten(side, op.params).reshape(-1, op.size) for side in (left, right))
         scaled = jnp.repeat(weights, rows).astype(right.dtype)[:, None] * right
         return jnp.matmul(left.T, scaled, precision=tree.HIGHEST)
@@ -80,7 +85,7 @@ def _assembled_dense(op: OverData, rows: int) -> Array:
 @partial(compiled, static_argnames="rows")
 def _assembled_diagonal(op: OverData, rows: int) -> PyTree:
     def chunk_sum(batch: PyTree, weights: Array) -> PyTree:
-        left, right = jax.vmap(partial(_factors, op, tree.promote(op.params)))(batch)
+        left, right = _factors(op, batch)
         products = jax.tree.map(lambda x, y: jnp.sum(x * y, axis=1), left, right)
         return tree.only(tree.combine(weights[None], products))
 
@@ -137,8 +142,8 @@ def _root_rows(op: OverData, params: PyTree, example: PyTree) -> Callable[[PyTre
 
 def root_factors(op: OverData, batch: PyTree) -> PyTree:
     """$R_i$ of every example of a chunk, a stack with leaves `(B * C, *leaf)`."""
-    params = tree.promote(op.params)
-    factors = jax.vmap(lambda z: _jacobian(_root_rows(op, params, z), params))(batch)
+    one = lambda example, losses, params: _jacobian(_root_rows(losses, params, example), params)
+    factors = each(one, batch, without_data(op), tree.promote(op.params))
     return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), factors)
 
 

@@ -122,7 +122,7 @@ class Projection(abc.ABC):
 
     def of_examples(self, objective: Objective | LossOnly, params: PyTree, batch: PyTree, chunk: int | None) -> Array:
         """The map on gradients, traced and unchecked."""
-        gradients = jax.vmap(partial(jax.grad(objective), tree.promote(params)))
+        gradients = partial(grads_of_chunk, objective, tree.promote(params))
         return map_chunks(
             lambda part: self.of_stack(gradients(part)), batch, chunk=chunk or chunk_for(tree.size(params))
         )

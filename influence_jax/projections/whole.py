@@ -42,6 +42,7 @@ def rademacher(params: PyTree, dim: int, key: Key) -> OneSided:
       TypeError, ValueError: If an argument is not of that form.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import influence_jax as ij
       >>> params = {"w": jnp.ones((20, 30)), "b": jnp.zeros(30)}
       >>> projection = rademacher(params, 64, jax.random.key(0))
@@ -73,6 +74,7 @@ def gaussian(params: PyTree, dim: int, key: Key) -> OneSided:
       TypeError, ValueError: If an argument is not of that form.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> params = {"w": jnp.ones((20, 30)), "b": jnp.zeros(30)}
       >>> gaussian(params, 64, jax.random.key(0))
       OneSided(gaussian, 630 parameters to 64)

@@ -13,7 +13,7 @@ from .. import tree
 from .._progress import track
 from .._typing import Array, PyTree
 from ..batching import batch_size
-from .loaders import checked, count_batches, is_batch, reiterable
+from .loaders import count_batches, is_batch, owned, reiterable
 
 
 class Averaging(Protocol):
@@ -92,7 +92,7 @@ def accumulate(
     if not isinstance(loader, list | tuple):
         loader = reiterable(loader, "loader")
     for item in track(loader, "batches", count_batches(loader), show=progress):
-        batch = jax.tree.map(jnp.asarray, checked(item, "loader"))
+        batch = jax.tree.map(jnp.asarray, owned(item, "loader"))
         weight = averaging.weight(batch)
         part = jax.tree.map(lambda x, w=weight: w * _floating(x), fn(batch))
         if total is not None and _shapes(part) != _shapes(total):

@@ -16,7 +16,7 @@ from ..objective import Objective, as_objective
 from ..projections import Projection
 from .loaders import Block, Blocks
 from .processes import together
-from .tables import Shares, describe_gradients
+from .tables import Shares, check_sink, describe_gradients
 
 
 @memory_errors("stream.gradients")
@@ -64,8 +64,7 @@ def gradients(
       (5, 8)
     """
     objective, params = as_objective(objective), tree.check_params(params)
-    if not all(callable(getattr(sink, name, None)) for name in ("begin", "finished", "write", "finish", "close")):
-        raise TypeError(f"sink: got {sink!r}, expected influence_jax.store.GradientStore.create(path)")
+    check_sink(sink, "gradients", "GradientStore")
     blocks = Blocks(loader, "loader", batch_size, sharding, progress)
     shares, manifest = Shares(blocks), describe_gradients("projected gradients", objective, params)
     options = {"projection": projection, "train_rows": shares.rows, "dtype": manifest["dtype"]}

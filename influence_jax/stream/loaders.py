@@ -15,6 +15,7 @@ from .. import tree
 from .._progress import track
 from .._typing import Array, PyTree
 from ..batching import Batch, batch_size, check_batch, check_finite, check_positive, describe
+from ..store.files import fingerprint
 from .processes import agree, check_counts, local_rows
 
 T = TypeVar("T")
@@ -26,12 +27,19 @@ AHEAD = 2
 
 
 def is_batch(data: Any) -> bool:
-    """Whether data are one batch: a pytree whose leaves are arrays, except a list of trees or a tuple of `Batch`es."""
+    """Whether data are one batch: a pytree whose leaves are arrays.
+
+    Except a list of trees, a list of arrays of different lengths, and a tuple of `Batch`es.
+    """
     leaves = [leaf for _, leaf in tree.named_leaves(data)]
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
-    several = isinstance(data, list) and len(data) > 0 and not all(map(is_array, data))
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray) or _is_foreign(x)
+    several = isinstance(data, list) and len(data) > 0 and not (all(map(is_array, data)) and _alike_long(data))
     several |= isinstance(data, tuple) and any(isinstance(item, Batch) for item in data)
     return bool(leaves) and all(map(is_array, leaves)) and not several
+
+
+def _alike_long(arrays: Sequence[Any]) -> bool:
+    return len({jnp.shape(x)[:1] for x in arrays}) == 1
 
 
 def reiterable(data: Any, name: str) -> Iterable[PyTree]:
@@ -73,8 +81,16 @@ def batches(data: Any, name: str) -> Iterator[PyTree]:
     Raises:
       TypeError: If the data are neither a batch nor re-iterable.
     """
-    for batch in [data] if is_batch(data) else reiterable(data, name):
-        yield jax.tree.map(jnp.asarray, checked(batch, name))
+    if is_batch(data):
+        yield jax.tree.map(jnp.asarray, checked(data, name))
+        return
+    for batch in reiterable(data, name):
+        yield jax.tree.map(jnp.asarray, owned(batch, name))
+
+
+def owned(batch: PyTree, name: str) -> PyTree:
+    """A batch that stays as it is when the loader, which may fill the same arrays again, goes on; checked."""
+    return jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, checked(batch, name))
 
 
 def checked(batch: PyTree, name: str) -> PyTree:
@@ -88,9 +104,16 @@ def checked(batch: PyTree, name: str) -> PyTree:
     return batch
 
 
+def _is_foreign(x: Any) -> bool:
+    """Whether it is an array of another framework."""
+    return hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.ndarray | np.generic | jax.Array)
+
+
 def _as_numpy(name: str, x: Any) -> Any:
     """The array of another framework as NumPy's."""
-    if not hasattr(x, "__array__") or not hasattr(x, "shape") or isinstance(x, np.ndarray | jax.Array):
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{name}: is traced, but a loader is read on the host; call this outside of jit, vmap and grad")
+    if not _is_foreign(x):
         return x
     try:
         return np.asarray(x)
@@ -115,7 +138,10 @@ def count_batches(data: Any) -> int | None:
     """How many batches there are, if a loader tells."""
     if is_batch(data):
         return 1
-    return len(data) if isinstance(data, Sized) else None
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a length that is not known
+        return None
 
 
 def _check_alike(batch: PyTree, first: PyTree, name: str) -> None:
@@ -172,8 +198,6 @@ class Blocks:
     ) -> None:
         self.name, self.sharding, self.progress = name, sharding, progress
         whole = is_batch(data)
-        if whole:
-            check_batch(data, name)
         self._data = data if whole else reiterable(data, name)
         self._whole = whole
         if rows is not None:
@@ -189,7 +213,15 @@ class Blocks:
         self.rows = rows
         self.several = several
         self.local = local_rows(sharding, rows, name)
-        self.examples: int | None = None  # known once it has been read
+        # Known once it has been read.
+        self.examples: int | None = batch_size(data, name) if whole and not several else None
+        self._seen: str | None = None
+
+    def first(self) -> PyTree:
+        """The first examples."""
+        if self._whole:
+            return checked(_rows(self._data, 0, min(self._share, batch_size(self._data, self.name))), self.name)
+        return self._first()
 
     def _first(self) -> PyTree:
         for batch in self._data:
@@ -212,6 +244,8 @@ class Blocks:
     def _placed(self) -> Iterator[Block]:
         start = 0
         for number, (part, count) in enumerate(self._agreed()):
+            if number == 0 and tree.count(part):
+                self._check_order(part)
             yield Block(number, start, count, self._place(part), None if count == 0 else part)
             start += count
         if start == 0:
@@ -222,6 +256,16 @@ class Blocks:
                 "same data each time it is read"
             )
         self.examples = start
+
+    def _check_order(self, part: PyTree) -> None:
+        """Raise if the first examples are not those of earlier passes."""
+        seen = fingerprint(part)
+        if self._seen not in (None, seen):
+            raise ValueError(
+                f"{self.name}: its first examples are not those of an earlier pass; expected the same order each time "
+                "it is read, e.g. shuffle=False"
+            )
+        self._seen = seen
 
     def _agreed(self) -> Iterator[tuple[PyTree, int]]:
         """This process's pieces, and how many examples all processes have for each block."""
@@ -270,7 +314,9 @@ class Blocks:
         held: list[PyTree] = []
         size, first = 0, None
         for item in track(self._data, self.name, count_batches(self._data), show=self.progress):
-            batch = checked(item, self.name)
+            if _is_empty(item):
+                continue
+            batch = owned(item, self.name)
             first = jax.tree.map(lambda x: x[:1], batch) if first is None else first
             _check_alike(batch, first, self.name)
             held.append(batch)
@@ -301,9 +347,13 @@ def paced(results: Iterable[T]) -> Iterator[T]:
 
 
 def _rows(batch: PyTree, start: int, stop: int) -> PyTree:
-    """Copies, because a loader may fill the same arrays again."""
-    cut = lambda x: np.array(x[start:stop]) if isinstance(x, np.ndarray) else x[start:stop]
-    return jax.tree.map(lambda x: x if start == 0 and stop == len(x) and isinstance(x, jax.Array) else cut(x), batch)
+    return jax.tree.map(lambda x: x if start == 0 and stop == len(x) else x[start:stop], batch)
+
+
+def _is_empty(batch: PyTree) -> bool:
+    """Whether a batch has no examples, as some loaders' last one."""
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape")}
+    return lengths == {(0,)}
 
 
 def _joined(parts: Sequence[PyTree]) -> PyTree:
@@ -322,5 +372,10 @@ def shard_count(sharding: Any, name: str) -> int:
         raise TypeError(
             f"sharding: got {sharding!r} for {name}, expected a jax.sharding.NamedSharding such as "
             'NamedSharding(mesh, PartitionSpec("data"))'
+        )
+    if not sharding.spec or any(axis is not None for axis in sharding.spec[1:]) or len(sharding.spec) > 1:
+        raise ValueError(
+            f"sharding: got {sharding.spec} for {name}, expected a layout of the first axis, that of examples, alone, "
+            'e.g. PartitionSpec("data")'
         )
     return len({str(index) for index in sharding.devices_indices_map((2**20 * 3 * 5 * 7,)).values()})

@@ -14,17 +14,17 @@ from .. import blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
-from ..curvature import Diagonal, Identity, Kronecker, LinearOperator, LowRank, Scaled, Sum
+from ..curvature import Identity, LinearOperator, Scaled, Sum
 from ..curvature.capabilities import diagonal, restrict, to_dense, trace, wide_dtype
 from ..curvature.exact import OverData
-from ..curvature.fisher import Keyed
+from ..curvature.fisher import examples_from
 from ..curvature.loops import refuse_tracing
 from ..objective import LossOnly, Objective, as_objective
 from .loaders import Blocks, paced
 
 Curvature = Callable[[Any, PyTree, PyTree], LinearOperator]
 # What has no data, and is the same for every batch.
-CONSTANT = (Identity, Diagonal, LowRank, Kronecker)
+CONSTANT = (Identity,)
 
 
 @dataclass
@@ -69,15 +69,16 @@ class Streamed(LinearOperator):
     def parts(self) -> Iterator[tuple[LinearOperator, int]]:
         """The operator on every block of the loader, and its examples; rows beyond them have weight zero."""
         for block in self.source:
-            op = self._on(block.batch)
+            op = self._on(block.batch, block.start)
             if block.count < tree.count(block.batch) and not all(map(_can_mask, _terms(op))):
                 batch = jax.tree.map(lambda x, count=block.count: x[:count], block.batch)
-                yield self._on(batch), block.count
+                yield self._on(batch, block.start), block.count
             else:
-                yield _masked(op, block.weights(wide_dtype(self.params)), block.number), block.count
+                yield _masked(op, block.weights(wide_dtype(self.params))), block.count
 
-    def _on(self, batch: PyTree) -> LinearOperator:
-        op = self.curvature(self.objective, self.params, batch)
+    def _on(self, batch: PyTree, start: int) -> LinearOperator:
+        with examples_from(start):
+            op = self.curvature(self.objective, self.params, batch)
         return op if self.block is None else restrict(op, self.block)
 
     def _mean(self, product: Callable[..., PyTree], *arguments: Any) -> PyTree:
@@ -95,10 +96,26 @@ def operator(curvature: Curvature, objective: Objective | LossFunction, params: 
     params, objective = tree.check_params(params), as_objective(objective)
     op = Streamed(objective, params, curvature, source)
     first, _ = next(op.parts())
+    _check_fixed(op)
     if not isinstance(first, LinearOperator):
         raise TypeError(f"curvature: returned a {type(first).__name__}, expected a LinearOperator such as GGN(...)")
     tree.check_vector(first.space, params, "params, against the space of curvature")
     return dataclasses.replace(op, psd=first.psd)
+
+
+def _check_fixed(op: Streamed) -> None:
+    """Raise if a term has data of its own, which would be weighted like those of each batch."""
+    batch = next(iter(op.source)).batch
+    own = {id(leaf) for leaf in jax.tree.leaves(batch)}
+    terms = zip(_terms(op._on(batch, 0)), _terms(op._on(batch, 0)), strict=True)
+    for one, two in terms:
+        if isinstance(one, OverData) and isinstance(two, OverData):
+            pairs = list(zip(jax.tree.leaves(one.data), jax.tree.leaves(two.data), strict=True))
+            if all(a is b and id(a) not in own for a, b in pairs):
+                raise ValueError(
+                    f"curvature: its term {one!r} has data of its own; expected a function of the batch alone, whose "
+                    "mean over batches is the curvature"
+                )
 
 
 def _terms(op: LinearOperator) -> list[LinearOperator]:
@@ -112,18 +129,18 @@ def _can_mask(op: LinearOperator) -> bool:
     return isinstance(op, (OverData, *CONSTANT))
 
 
-def _masked(op: LinearOperator, mask: Array, number: int) -> LinearOperator:
-    """The operator with a weight for each example, and labels drawn anew in every block."""
+def _masked(op: LinearOperator, mask: Array) -> LinearOperator:
+    """The operator with a weight for each example."""
 
     def weighted(part: Any) -> Any:
         if not isinstance(part, OverData):
             return part
-        weights = mask if part.weights is None else part.weights * mask
-        data = part.data
-        if isinstance(data, Keyed) and data.key is not None:
-            keys = jax.vmap(partial(jax.random.fold_in, data=number))(data.key)
-            data = Keyed(data.example, keys)
-        return dataclasses.replace(part, weights=weights, data=data)
+        if part.count != len(mask):
+            raise ValueError(
+                f"curvature: has a term over {part.count} examples for a batch of {len(mask)}; expected a function of "
+                "the batch alone, whose mean over batches is the curvature"
+            )
+        return dataclasses.replace(part, weights=mask if part.weights is None else part.weights * mask)
 
     return jax.tree.map(weighted, op, is_leaf=lambda part: isinstance(part, OverData))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import tree
 from .._typing import Array, PyTree
+from ..batching import batch_size as length, check_positive
 
 
 def connect(
@@ -31,7 +32,7 @@ def connect(
       ValueError: If the timeout is not a positive number.
       RuntimeError: If the others are not reached, or JAX is in use already.
     """
-    if not timeout > 0:
+    if not isinstance(timeout, int | float) or not timeout > 0:
         raise ValueError(f"timeout: got {timeout}, expected a positive number of seconds")
     limit = max(1, round(timeout))
     jax.distributed.initialize(
@@ -120,6 +121,8 @@ def share(data: Any, batch_size: int) -> Any:
       [[0, 1], [2, 3], [4]]
     """
     processes, mine = jax.process_count(), jax.process_index()
+    check_positive(batch_size, "batch_size")
+    length(data, "data")
     if batch_size % processes:
         raise ValueError(f"batch_size: got {batch_size}, expected a multiple of the {processes} processes")
     return _Share(data, batch_size, batch_size // processes, mine)

@@ -3,6 +3,7 @@ r"""Scores of data that are read batch by batch: one solve per query, memory fla
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,13 +15,14 @@ from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
 from .._typing import Array, PyTree
-from ..batching import check_positive
+from ..batching import check_finite, check_positive
+from ..curvature import Identity
 from ..influence import Influence, _up, self_solved
 from ..scoring import Best, TopK, merge_best
 from ..solvers import report
 from .loaders import Block, Blocks, is_batch, paced
 from .processes import to_host, together
-from .tables import Memory, Stored, Table, describe
+from .tables import Memory, Stored, Table, check_sink, describe
 
 
 @memory_errors("stream.scores")
@@ -42,8 +44,8 @@ def scores(
     Args:
       influence: Objective, parameters and inverse; the inverse may read a loader itself (`stream.invert`).
       query: A batch, or a loader of batches of queries, whose factors are then in memory one batch at a time.
-      loader: Re-iterable of batches, a function that makes an iterator of them, or arrays given whole (memory maps).
-        Of several processes each gives its own rows, see `share`.
+      loader: Re-iterable of batches, always in the same order, a function that makes an iterator of them, or arrays
+        given whole (memory maps).  Of several processes each gives its own rows, see `share`.
       sink: A `store.ScoreStore`; memory if None.
       progress: Whether to show a bar.
       batch_size: Examples on device at once; the length of the first batch if None.
@@ -70,9 +72,10 @@ def scores(
     queries, count = _queries(query)
     blocks = Blocks(loader, "loader", batch_size, sharding, progress)
     with together(), _table(sink, "scores", influence, queries, count, blocks) as table:
+        losses = _without_inverse(influence)
         for row, block in enumerate(queries):
             factors = _Factors(influence, row, block, table)
-            _fill(table, row, block.count, blocks, lambda part, f=factors: _up(influence, f.get(), part))
+            _fill(table, row, block.count, blocks, lambda part, f=factors: _up(losses, f.get(), part))
         return table.finish(blocks.examples or 0)
 
 
@@ -196,19 +199,31 @@ def top_k(
     check_positive(k, "k")
     queries, _ = _queries(query)
     blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+    if blocks.examples is not None:
+        _check_k(k, blocks.examples)
     found: list[Any] = []
+    losses = _without_inverse(influence)
     with together():
         for row in queries:
             factors = _solved(influence, row.batch)
             dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
             best = Best.none(tree.count(row.batch), k, dtype)
-            for start, count, part in paced((b.start, b.count, _up(influence, factors, b.batch)) for b in blocks):
+            for start, count, part in paced((b.start, b.count, _up(losses, factors, b.batch)) for b in blocks):
                 best = _merged(best, part, np.int32(start), np.int32(count))
             found.append([to_host(x)[: row.count] for x in best.top_k()])
-    if k > (blocks.examples or 0):
-        raise ValueError(f"k: got {k}, expected between 1 and {blocks.examples}, the number of examples in the loader")
+    _check_k(k, blocks.examples or 0)
     values, indices = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return TopK(values, indices)  # type: ignore[arg-type]  # arrays of NumPy
+
+
+def _without_inverse(influence: Influence) -> Influence:
+    """The losses alone, so that a program is not tied to an inverse, and the loader that it may read."""
+    return dataclasses.replace(influence, inverse=Identity(influence.params))
+
+
+def _check_k(k: int, examples: int) -> None:
+    if k > examples:
+        raise ValueError(f"k: got {k}, expected between 1 and {examples}, the number of examples in the loader")
 
 
 @compiled
@@ -223,6 +238,7 @@ def _check_influence(influence: Any) -> None:
             f"influence: got a {type(influence).__name__}, expected an Influence(objective, params, inverse); of a "
             "fitted InfluenceFunctionModel it is model.influence"
         )
+    check_finite(influence.params, "params")
 
 
 def _queries(query: Any) -> tuple[list[Block], int]:
@@ -292,8 +308,7 @@ def _table(
     if sink is None:
         yield Memory()
         return
-    if not all(callable(getattr(sink, name, None)) for name in ("begin", "finished", "write", "finish", "close")):
-        raise TypeError(f"sink: got {sink!r}, expected influence_jax.store.ScoreStore.create(path), or None")
+    check_sink(sink, "scores", "ScoreStore")
     rows = 1 if queries is None else tree.count(queries[0].batch)
     asked = None if queries is None else [block.host for block in queries]
     try:

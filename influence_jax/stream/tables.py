@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -14,10 +13,10 @@ import numpy as np
 
 from .. import tree
 from .._typing import Array, PyTree
-from ..curvature.exact import OverData
 from ..influence import Influence
 from ..solvers import Inverse
 from ..store.files import fingerprint
+from .identity import identity, named
 from .loaders import Block, Blocks
 from .processes import agree, to_host
 
@@ -147,7 +146,7 @@ class Stored:
         part, count = self._shares.local(values, axis=1), self._shares.count(block)
         if count:
             number, data = self._shares.number(block), self._shares.data(block)
-            self._store.write(row, number, part[:queries, :count], data=data)
+            self._store.write(row, number, check_scores(part[:queries, :count], block.start), data=data)
 
     def factors(self, row: int, like: PyTree) -> PyTree | None:
         found = self._store.load_factors(row, like)
@@ -167,14 +166,13 @@ def describe(what: str, influence: Influence, queries: list[PyTree] | None) -> d
     """All that makes scores comparable."""
     inverse = influence.inverse
     op, solver = (inverse.op, inverse.solver) if isinstance(inverse, Inverse) else (inverse, None)
-    parts = jax.tree.leaves(op, is_leaf=lambda x: isinstance(x, OverData))
-    over_data = [(part.data, part.weights) for part in parts if isinstance(part, OverData)]
     return {
         **describe_gradients(what, influence.objective, influence.params),
         "query": None if queries is None else fingerprint(queries),
         "measurement": None if influence.measurement is None else named(influence.measurement),
         "curvature": named(op),
-        "curvature_data": fingerprint(over_data) if over_data else None,
+        "inverse": identity(inverse),
+        "measured": identity(influence.measurement),
         "solver": None if solver is None else named(solver),
         "damping": None if solver is None else named(getattr(solver, "damping", None)),
         "units": "gradient of the query, inverse curvature of the mean loss, gradient of the example; no factor 1/N",
@@ -188,12 +186,25 @@ def describe_gradients(what: str, objective: Any, params: PyTree) -> dict[str, A
         "what": what,
         "params": fingerprint(jax.tree.map(to_host, params)),
         "objective": named(objective),
+        "losses": identity(objective),
         "sign": "positive inner product: training on the example lowers the loss of the query",
         "dtype": np.dtype(tree.accumulation_dtype(*(x.dtype for x in jax.tree.leaves(params)))).name,
         "versions": {"influence_jax": version("influence-jax"), **names},
     }
 
 
-def named(thing: Any) -> str:
-    """Its description, without addresses in memory, which differ from run to run."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+def check_sink(sink: Any, kind: str, expected: str) -> None:
+    """Raise unless it is a store of that kind."""
+    if isinstance(sink, type) or getattr(sink, "kind", {}).get("kind") != kind:
+        raise TypeError(f"sink: got {sink!r}, expected influence_jax.store.{expected}.create(path)")
+
+
+def check_scores(values: np.ndarray, start: int) -> np.ndarray:
+    """Raise if scores to be kept are not finite."""
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=0))
+    if bad.size:
+        raise ValueError(
+            f"scores: those of {bad.size} examples are NaN or infinite, the first of them example {start + bad[0]}; "
+            "look at its loss and at how the solves went, nothing of this batch is written"
+        )
+    return values
