@@ -17,6 +17,7 @@ from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
 from ..batching import as_batch, check_chunk, check_key, chunk_for, map_chunks
+from ..gradients import grads_of_chunk
 from ..objective import LossOnly, Objective, as_objective
 
 KINDS = ("rademacher", "gaussian")
