@@ -91,6 +91,9 @@ def sequences(count):
     return params, ij.Batch(jax.random.normal(keys[4], (count, 5, 3)), jax.random.randint(keys[5], (count,), 0, 4))
 
 
+# With draws of its own: those by way of the loss Hessian's square root hang on rounding of its zero eigenvalue.
+CLASSES = ij.Objective(helpers.mlp, helpers.cross_entropy, sample=ij.softmax_sample)
+
 OPERATORS = {
     "hessian": ij.Hessian,
     "ggn": ij.GGN,
@@ -116,8 +119,8 @@ class TestProducts:
     def test_are_those_of_one_device(self, mesh, kind, float32):
         params, data = problem(96)
         v, V = (helpers.random_like(jax.random.key(2), params, rows) for rows in (None, 3))
-        one = OPERATORS[kind](helpers.CLASSIFICATION, params, data, chunk=32)
-        many = OPERATORS[kind](helpers.CLASSIFICATION, mesh.params(params), mesh.split(data), chunk=32)
+        one = OPERATORS[kind](CLASSES, params, data, chunk=32)
+        many = OPERATORS[kind](CLASSES, mesh.params(params), mesh.split(data), chunk=32)
         product, products = many.mv(v), many.mm(V)
         assert tree_error(product, one.mv(v)) < 1e-6
         assert tree_error(products, one.mm(V)) < 1e-6
@@ -172,13 +175,12 @@ SOLVERS = {
     "indefinite": (ij.Hessian, ij.Direct(1.0)),
     "lissa": (ij.GGN, ij.LiSSA(1.0, depth=30, rtol=0.5)),
     "minibatches": (ij.GGN, ij.LiSSA(1.0, scale=5.0, depth=20, batch_size=16, rtol=0.9)),
-    "arnoldi": (ij.GGN, ij.Arnoldi(0.1, 4, steps=12)),
+    "arnoldi": (ij.GGN, ij.Arnoldi(0.1, 4, steps=8)),
     "nystrom": (ij.GGN, ij.Nystrom(0.1, 8)),
     "harmonic mean": (ij.EmpiricalFisher, ij.HarmonicMean(0.1)),
     "sample space": (ij.EmpiricalFisher, ij.SampleSpace(0.1)),
     "sample space, outputs": (ij.GGN, ij.SampleSpace(0.1)),
     "blockwise": (ij.GGN, ij.Blockwise(ij.BlockCG(ij.RelativeDamping(0.5), **TIGHT))),
-    "kfac": (ij.kfac, ij.Direct(0.1)),
     "ekfac": (ij.ekfac, ij.Direct(ij.RelativeDamping(0.1))),
 }
 
@@ -188,22 +190,31 @@ def solved_on_one_device(name):
     curvature, solver = SOLVERS[name]
     params, data = problem(64)
     v = helpers.random_like(jax.random.key(2), params, 2)
-    return ij.invert(curvature(helpers.CLASSIFICATION, params, data, chunk=32), solver, key=KEY).mm(v)
+    return ij.invert(curvature(helpers.CLASSIFICATION, params, data, chunk=32), solver, key=KEY).solve_many(v)
 
 
 class TestInverses:
     """In 64-bit mode, where what differs is not rounding."""
 
     @pytest.mark.parametrize("name", SOLVERS)
-    @on(("split params", EXPLICIT), ("data", AUTO))
+    @on(("split params", EXPLICIT))
     def test_are_those_of_one_device(self, mesh, name):
+        self.compare(mesh, name)
+
+    @pytest.mark.parametrize("name", ["block cg", "direct", "sample space", "ekfac"])
+    @on(("data", AUTO), ("both axes", EXPLICIT))
+    def test_whatever_the_mesh(self, mesh, name):
+        self.compare(mesh, name)
+
+    def compare(self, mesh, name):
         curvature, solver = SOLVERS[name]
         params, data = problem(64)
         v = helpers.random_like(jax.random.key(2), params, 2)
         many = curvature(helpers.CLASSIFICATION, mesh.params(params), mesh.split(data), chunk=32)
         solved, info = ij.invert(many, solver, key=KEY).solve_many(v)
-        assert tree_error(solved, solved_on_one_device(name)) < 1e-8
-        assert bool(jnp.all(info.converged))
+        expected, expected_info = solved_on_one_device(name)
+        assert tree_error(solved, expected) < 1e-8
+        assert np.array_equal(info.converged, expected_info.converged)
 
     @on(("split params", AUTO), ("split params", EXPLICIT))
     def test_solutions_stay_split(self, mesh, float32):
@@ -211,19 +222,19 @@ class TestInverses:
         many = ij.GGN(helpers.CLASSIFICATION, mesh.params(params), mesh.split(data))
         v = jax.tree.map(jnp.ones_like, many.params)
         assert laid_out_alike(ij.invert(many, ij.CG(0.1)).solve(v)[0], many.params)
-        pairs = ij.invert(many, ij.Arnoldi(0.1, 4, steps=12), key=KEY).state.pairs
+        pairs = ij.invert(many, ij.Arnoldi(0.1, 4, steps=8), key=KEY).state.pairs
         assert laid_out_alike(pairs.basis, many.params, lead=(None,))
 
 
 class TestScores:
     def influence(self, params, data):
-        inverse = ij.invert(ij.ekfac(SEQUENCES, params, data), ij.Direct(0.1))
-        return ij.Influence(SEQUENCES, params, inverse, chunk=16)
+        inverse = ij.invert(ij.ekfac(helpers.CLASSIFICATION, params, data), ij.Direct(0.1))
+        return ij.Influence(helpers.CLASSIFICATION, params, inverse, chunk=32)
 
     @on(("split params", EXPLICIT), ("data", AUTO))
     def test_are_those_of_one_device(self, mesh):
-        params, data = sequences(64)
-        query = jax.tree.map(lambda x: x[:5], sequences(70)[1])
+        params, data = problem(64)
+        query = jax.tree.map(lambda x: x[:5], problem(8, 3)[1])
         one, many = self.influence(params, data), self.influence(mesh.params(params), mesh.split(data))
         train, asked = mesh.split(data), mesh.all(query)
         got = many.influences(asked, train)
@@ -307,11 +318,8 @@ PROGRAMS = ["product", "products", "scores", "gradients", "ekfac"]
 
 class TestWhatDevicesSend:
     @on(("data", AUTO), ("data", EXPLICIT))
-    @pytest.mark.parametrize("name", PROGRAMS)
-    @pytest.mark.parametrize("count", [2048, 2000])
+    @pytest.mark.parametrize(("name", "count"), [("product", 2000), *((name, 2048) for name in PROGRAMS)])
     def test_sums_only_where_parameters_are_everywhere(self, mesh, name, count, float32):
-        if count == 2000 and name != "product":
-            pytest.skip("chunks are cut alike for all")
         sent = moved(programs(mesh, count)[name]())
         assert {kind for kind, _ in sent} <= {"all-reduce"}
         assert len(sent) == {"product": 1, "products": 1, "scores": 0, "gradients": 0, "ekfac": 2}[name]
@@ -322,7 +330,8 @@ class TestWhatDevicesSend:
         count = 8192
         sent = moved(programs(mesh, count)[name]())
         assert sent, "split parameters have to be sent"
-        assert max(entries for _, entries in sent) < count  # the labels, which are the smallest array of the data
+        # Smaller than the labels, which are the smallest array of the data.
+        assert max(entries for kind, entries in sent if kind == "all-gather") < count
 
     @on(("data", AUTO))
     def test_a_program_that_takes_all_data_is_noticed(self, mesh, float32):
@@ -481,14 +490,10 @@ class TestConvolutions:
         fisher = lambda p, d: ij.EmpiricalFisher(IMAGES, p, d)
         made = [
             lambda p, d: ij.to_dense(fisher(p, d)),
-            lambda p, d: ij.diagonal(ij.GGN(IMAGES, p, d)),
             lambda p, d: ij.invert(fisher(p, d), ij.HarmonicMean(0.1)).mv(v),
-            lambda p, d: ij.invert(fisher(p, d), ij.SampleSpace(0.1)).mv(v),
-            lambda p, d: ij.ekfac(IMAGES, p, d).mv(v),
-            lambda p, d: ij.mixed_grads(IMAGES, p, d),
-            lambda p, d: ij.Influence(IMAGES, p, ij.Identity(p)).influences(d, few),
+            lambda p, d: ij.ekfac(IMAGES, p, d, labels="empirical").mv(v),
+            lambda p, d: ij.Influence(IMAGES, p, ij.Identity(p)).influences(few, d),
             lambda p, d: ij.Influence(IMAGES, p, ij.Identity(p)).self_influences(d),
-            lambda p, d: ij.score_bounds(ij.Influence(IMAGES, p, ij.invert(fisher(p, d), ij.CG(1.0))), few, d)[:2],
         ]
         for make in made:
             got, expected = make(mesh.params(params), mesh.split(data)), make(params, data)

@@ -213,7 +213,7 @@ def _as_weights(weights: Array, op: OverData) -> Array:
         raise TypeError(f"weights: got {jnp.result_type(weights)}, expected real numbers")
     if jnp.shape(weights) != (op.count,):
         raise ValueError(f"weights: got shape {jnp.shape(weights)}, expected ({op.count},), one per example of data")
-    if not isinstance(weights, jax.core.Tracer):
+    if not isinstance(weights, jax.core.Tracer) and getattr(weights, "is_fully_addressable", True):
         values = np.asarray(weights, np.float64)  # numpy, because under jit even a sum of constants is traced
         if not (np.isfinite(values.sum()) and (values.sum() != 0 or op.total is not None)):
             raise ValueError(f"weights: they sum to {values.sum()}, expected a finite number other than zero")
