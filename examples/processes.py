@@ -90,12 +90,14 @@ def launch(arguments: argparse.Namespace, script: str = __file__) -> int:
     failed = [number for number, process in enumerate(running) if process.poll()]
     if not failed:
         return 0
-    print(f"process {failed[0]} stopped with exit code {running[failed[0]].returncode}", file=sys.stderr)
+    first = min(failed, key=lambda number: running[number].returncode)  # a signal's code is negative, an error's is 1
+    print(f"process {first} stopped with exit code {running[first].returncode}", file=sys.stderr)
     deadline = time.monotonic() + arguments.timeout  # the others have that long to say what they saw
     while any(process.poll() is None for process in running) and time.monotonic() < deadline:
         time.sleep(0.1)
     for process in running:
         process.kill()
+        process.wait()
     return 1
 
 

@@ -332,8 +332,9 @@ class TestMistakes:
 
     def test_budget_too_small_for_one_example(self, problem):
         message = (  # which of the two takes more is up to the compiler
-            r"budget: got 1.00 KiB, but (influences|factors) takes at least .*, one example at a time: .* in between. Less is "
-            r"taken by fewer queries at once \(now 5\), .* curvature operator, .* more devices; or raise the budget"
+            r"budget: got 1.00 KiB, but (influences|factors) takes at least .*, one example at a time: .* in between. "
+            r"Less is taken by fewer queries at once \(now 5\), .* curvature operator, .* more devices; "
+            r"or raise the budget"
         )
         with pytest.raises(ValueError, match=message):
             planning.plan(*problem, budget="1 KiB")
