@@ -73,7 +73,10 @@ def score_bounds(
             )
     if lambda_min is not None and not _is_number(lambda_min):
         raise TypeError(f"lambda_min: got {lambda_min!r}, expected a number, or None")
-    scores, bounds, info = _score_bounds(influence, as_batch(query, "query"), as_batch(train, "train"), lambda_min)
+    query, train = as_batch(query, "query"), as_batch(train, "train")
+    if influence.inverse.on_host:
+        return _bound_scores(influence, query, train, lambda_min)
+    scores, bounds, info = _score_bounds(influence, query, train, lambda_min)
     return scores, bounds, info
 
 
@@ -113,8 +116,7 @@ def _(op: Restricted) -> Array:
     return lower_bound(op.op)
 
 
-@compiled
-def _score_bounds(
+def _bound_scores(
     influence: Influence, query: PyTree, train: PyTree, lambda_min: float | Array | None
 ) -> tuple[Array, Array, Info]:
     objective, params, inverse = as_objective(influence.objective), influence.params, cast(Inverse, influence.inverse)
@@ -130,6 +132,9 @@ def _score_bounds(
 
     scores, bounds = map_chunks(one_chunk, train, chunk=influence.chunk or chunk_for(tree.size(params)))
     return scores.T, bounds.T, info
+
+
+_score_bounds = compiled(_bound_scores)
 
 
 def _part(stack: PyTree, part: Inverse) -> PyTree:

@@ -46,6 +46,7 @@ LAYERS = [
     [
         "curvature.spectrum",
         "curvature.outputs",
+        "curvature.parts",
         "curvature.exact",
         "curvature.fisher",
         "curvature.per_example",

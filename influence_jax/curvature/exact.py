@@ -28,6 +28,7 @@ from .capabilities import minibatch, restrict, sums, wide_dtype
 from .layout import Layout, constrain, layout_of
 from .operator import LinearOperator
 from .outputs import require_split
+from .parts import is_part
 
 
 @dataclass
@@ -215,7 +216,7 @@ def _as_weights(weights: Array, op: OverData) -> Array:
         raise ValueError(f"weights: got shape {jnp.shape(weights)}, expected ({op.count},), one per example of data")
     if not isinstance(weights, jax.core.Tracer) and getattr(weights, "is_fully_addressable", True):
         values = np.asarray(weights, np.float64)  # numpy, because under jit even a sum of constants is traced
-        if not (np.isfinite(values.sum()) and (values.sum() != 0 or op.total is not None)):
+        if not (np.isfinite(values.sum()) and (values.sum() != 0 or op.total is not None or is_part())):
             raise ValueError(f"weights: they sum to {values.sum()}, expected a finite number other than zero")
         if op.psd and values.min() < 0:
             raise ValueError(

@@ -2,10 +2,8 @@ r"""The Fisher matrix with labels drawn from the model, never from the data."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +17,7 @@ from ..gradients import directional
 from ..objective import Objective, as_objective, floating_output
 from .exact import OverData
 from .outputs import cost_hessian, flat_output, require_split, square_root
+from .parts import example_keys
 
 # Larger outputs would need the square root of too large a matrix for every example.
 MAX_OUTPUTS = 1024
@@ -29,26 +28,6 @@ class Keyed(NamedTuple):
 
     example: PyTree
     key: Key
-
-
-# Place, in the whole data, of the first example of a batch that operators are made of.
-_FIRST: contextvars.ContextVar[int] = contextvars.ContextVar("first", default=0)
-
-
-@contextlib.contextmanager
-def examples_from(start: int) -> Iterator[None]:
-    """While a part of the data is at hand: where it starts, for labels depend on an example's place in all data."""
-    token = _FIRST.set(start)
-    try:
-        yield
-    finally:
-        _FIRST.reset(token)
-
-
-def example_keys(key: Key, start: int, count: int) -> Key:
-    """A key for each of the examples from `start` on, which depends on its place in the data only."""
-    start = start + _FIRST.get()
-    return jax.vmap(lambda place: jax.random.fold_in(key, place))(start + jnp.arange(count, dtype=jnp.uint32))
 
 
 @dataclass

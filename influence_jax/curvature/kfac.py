@@ -15,9 +15,10 @@ from ..batching import as_batch, check_finite, check_key, check_positive
 from ..capture import MAX_SIDE
 from ..objective import Objective, as_objective, check_hashable
 from .exact import EmpiricalFisher
-from .fisher import Keyed, example_keys
+from .fisher import Keyed
 from .kronecker import Kronecker
 from .kronecker_fit import Mask, Recipe, corrected, eigenbases, moment_sums, square_sums
+from .parts import example_keys
 
 LABELS = ("exact", "sampled", "empirical")
 

@@ -77,6 +77,11 @@ class CG(Solver):
         fitted = None
         if isinstance(self.preconditioner, LinearOperator):
             tree.check_vector(self.preconditioner.space, op.space, "preconditioner")
+            if self.preconditioner.on_host and not op.on_host:
+                raise TypeError(
+                    f"preconditioner: got an {type(self.preconditioner).__name__} that reads its data from a loader at "
+                    "every step, expected one in memory, such as the inverse of a Kronecker"
+                )
         if isinstance(self.preconditioner, Solver):
             fitted = self.preconditioner.init(lax.stop_gradient(op), key=key_preconditioner)
         return CGState(op, resolve_damping(self.damping, op, key_damping), fitted)

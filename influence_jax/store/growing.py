@@ -134,7 +134,7 @@ class GrowingStore(abc.ABC):
             if told:
                 raise ValueError(
                     f"{self.path}: holds {self.holds} of another computation ({told}); give another path, or the "
-                    "arguments and versions of before"
+                    f"arguments and versions of before{', batch_size among them' * ('train_rows' in told)}"
                 )
             self._read_ledgers()
             self._array = self._shared_array()
@@ -218,6 +218,8 @@ class GrowingStore(abc.ABC):
             got = f"shape {values.shape}" if values.dtype == dtype else f"{values.dtype} {values.shape}"
             told = ", ".join(f"at most {size}" if axis == self._train else str(size) for axis, size in enumerate(room))
             raise ValueError(f"{self.holds}: got {got} for chunk {index}, expected {dtype} ({told})")
+        if self._process == 0 and self.complete and start + rows > self._manifest["examples"]:
+            self._say(complete=False)
         self._array = grow(self._folder, self._array, self._shape(start + rows))
         write_chunk(self._folder, self._array, index, values)
         record = {**dict(zip(self.dimensions, index, strict=True)), "start": start, "rows": rows, "data": data}
@@ -228,7 +230,8 @@ class GrowingStore(abc.ABC):
     def _read(self, index: Index) -> tuple[np.ndarray, dict[str, Any]]:
         """A finished chunk, and its record; ValueError if it is not finished, missing or damaged."""
         file = chunk_file(self._folder, index)
-        for record in self._records.get(index, {}).values():
+        # The one with most examples first: the last chunk is computed anew when there are more than before.
+        for record in sorted(self._records.get(index, {}).values(), key=lambda record: -record["rows"]):
             bounds = self._bounds(index, self._shape(record["start"] + record["rows"]))
             values = read_region(self._folder, self._array, bounds)
             if checksum(values) == record["entries"]:
@@ -274,19 +277,26 @@ class GrowingStore(abc.ABC):
         self._read_ledgers()
         wanted = self._indices(examples)
         missing = [index for index in wanted if index not in self._records]
-        if missing or self._extent != examples or not set(self._records) <= set(wanted):
+        if examples < self._extent and not missing:
             raise ValueError(
-                f"examples: got {examples}, but the chunks that are finished hold {self._extent} and lack "
-                f"{missing[:3] or 'none'}; {RECOMPUTE}"
+                f"examples: got {examples}, but {self.path} holds {self.holds} of {self._extent}; give the data of "
+                "before, or another path"
             )
+        if missing or self._extent != examples or not set(self._records) <= set(wanted):
+            held = f"the chunks that are finished hold {self._extent} and lack {missing[:3] or 'none'}"
+            raise ValueError(f"examples: got {examples}, but {held}; {RECOMPUTE}")
         self._array = grow(self._folder, open_array(self._folder), self._shape(examples))
         if tuple(self._array.shape) != self._shape(examples):  # grown for a chunk that was never finished
             with writing(f"the shape of the {self.holds}", self._folder):
                 self._array = self._array.resize(exclusive_max=self._shape(examples)).result()
-        finished = {**self._manifest, "complete": True, "examples": examples}
-        if finished != self._manifest:
-            write_group(self.path, finished)
-            self._manifest = finished
+        self._say(complete=True, examples=examples)
+
+    def _say(self, **changes: Any) -> None:
+        """Change the manifest."""
+        changed = {**self._manifest, **changes}
+        if changed != self._manifest:
+            write_group(self.path, changed)
+            self._manifest = changed
 
     @property
     def manifest(self) -> dict[str, Any]:

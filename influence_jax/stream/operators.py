@@ -14,11 +14,12 @@ from .. import blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
+from ..bounds import lower_bound
 from ..curvature import Identity, LinearOperator, Scaled, Sum
 from ..curvature.capabilities import diagonal, restrict, to_dense, trace, wide_dtype
 from ..curvature.exact import OverData
-from ..curvature.fisher import examples_from
 from ..curvature.loops import refuse_tracing
+from ..curvature.parts import examples_from
 from ..objective import LossOnly, Objective, as_objective
 from .loaders import Blocks, paced
 
@@ -84,7 +85,10 @@ class Streamed(LinearOperator):
     def _mean(self, product: Callable[..., PyTree], *arguments: Any) -> PyTree:
         """The mean of something linear in the operator."""
         sums = paced(_sums(op, count, arguments, product) for op, count in self.parts())
-        return _divided(reduce(_added, sums))
+        total = reduce(_added, sums)
+        if any(mass == 0 for _, mass in total):
+            raise ValueError(f"weights: those of all batches of {self.source.name} sum to 0, expected a positive sum")
+        return _divided(total)
 
     def __repr__(self) -> str:
         name = getattr(getattr(self.curvature, "func", self.curvature), "__name__", repr(self.curvature))
@@ -142,7 +146,8 @@ def _masked(op: LinearOperator, mask: Array) -> LinearOperator:
             )
         return dataclasses.replace(part, weights=mask if part.weights is None else part.weights * mask)
 
-    return jax.tree.map(weighted, op, is_leaf=lambda part: isinstance(part, OverData))
+    with examples_from(0):
+        return jax.tree.map(weighted, op, is_leaf=lambda part: isinstance(part, OverData))
 
 
 def _product(op: LinearOperator, V: PyTree) -> PyTree:
@@ -173,7 +178,8 @@ def _sums(
         if isinstance(term, Scaled):
             return term_sums(term.op, factor * term.factor)
         mass = _mass(term, count)
-        return [(tree.scale(mass, tree.scale(factor, product(term, *arguments))), mass)]
+        part = tree.scale(mass, tree.scale(factor, product(term, *arguments)))
+        return [(jax.tree.map(lambda x: jnp.where(mass == 0, jnp.zeros_like(x), x), part), mass)]
 
     return term_sums(op, 1.0)
 
@@ -207,3 +213,9 @@ def _(op: Streamed) -> PyTree:
 @trace.register
 def _(op: Streamed, *, key: Key | None = None) -> Array:
     return op._mean(_traces, key)
+
+
+@lower_bound.register
+def _(op: Streamed) -> Array:
+    # No eigenvalue of a mean is below all of those averaged.
+    return jnp.min(jnp.stack([lower_bound(part) for part, _ in op.parts()]))
