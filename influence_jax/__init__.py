@@ -8,7 +8,18 @@ from ._jax_version import require_supported_jax as _require_supported_jax
 
 _require_supported_jax(_jax)
 
-from . import planning as planning, projections as projections, sharding as sharding, store as store, stream as stream
+from . import (
+    baselines as baselines,
+    metrics as metrics,
+    planning as planning,
+    plot as plot,
+    projections as projections,
+    retrain as retrain,
+    sharding as sharding,
+    store as store,
+    stream as stream,
+    unrolled as unrolled,
+)
 from .adapters import from_linen as from_linen, from_nnx as from_nnx
 from .batching import Batch as Batch
 from .blocks import by_layer as by_layer, by_parameter as by_parameter, full as full
@@ -24,6 +35,7 @@ from .curvature import (
     Kronecker as Kronecker,
     LinearOperator as LinearOperator,
     LowRank as LowRank,
+    Projected as Projected,
     Spectrum as Spectrum,
     diagonal as diagonal,
     diagonal_blocks as diagonal_blocks,

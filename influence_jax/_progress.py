@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -13,9 +14,27 @@ def track(items: Iterable[T], what: str, total: int | None = None, *, show: bool
     if not show:
         yield from items
         return
-    from rich.console import Console  # flax brings rich; the core does without
-    from rich.progress import track as rich_track
+    from rich.progress import track as rich_track  # flax brings rich; the core does without
+
+    yield from rich_track(items, description=what, total=total, **_place())
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, *, show: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """A bar as of `track` that is told how many more are done, and what to say: `advance(count, what)`."""
+    if not show:
+        yield lambda count, what: None
+        return
+    from rich.progress import Progress
+
+    with Progress(**_place()) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda count, what: shown.update(task, advance=count, description=what)
+
+
+def _place() -> dict[str, Any]:
+    """Where bars go: to stderr, if anybody watches."""
+    from rich.console import Console
 
     console = Console(stderr=True)
-    watched = console.is_terminal or console.is_jupyter
-    yield from rich_track(items, description=what, total=total, console=console, disable=not watched)
+    return {"console": console, "disable": not (console.is_terminal or console.is_jupyter)}

@@ -44,6 +44,7 @@ LAYERS = [
         "curvature.structured",
     ],
     [
+        "curvature.projected",
         "curvature.spectrum",
         "curvature.outputs",
         "curvature.parts",
@@ -72,12 +73,13 @@ LAYERS = [
         "solvers",
     ],
     ["influence"],
-    ["model", "bounds"],
+    ["model", "bounds", "baselines"],
     [
         "store.files",
         "store.arrays",
         "store.growing",
         "store.projected",
+        "store.outcomes",
         "store.gradients",
         "store.scores",
         "store.states",
@@ -99,6 +101,17 @@ LAYERS = [
     ],
     ["_footprint", "planning", "sharding"],
     ["general"],
+    ["_steps", "training", "unrolled"],
+    ["_runs", "_outcomes", "retrain"],
+    [
+        "metrics.checks",
+        "metrics.ranks",
+        "metrics.retraining",
+        "metrics.intervals",
+        "metrics.rankings",
+        "metrics",
+    ],
+    ["_drawing", "_gallery", "plot"],
     [""],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -215,7 +215,7 @@ class TestContinuing:
         with continued(written(tmp_path / "s", CHUNKS[:-1])) as store:
             with pytest.raises(ValueError, match=r"examples: got 17.*lack \[\(2, 4\)\]"):
                 store.finish(EXAMPLES)
-            with pytest.raises(ValueError, match="examples: got 16, but .* holds scores of 17; give the data of before"):
+            with pytest.raises(ValueError, match=r"examples: got 16, but .* holds scores of 17; give the data"):
                 store.finish(16)
         assert not ScoreStore.open(tmp_path / "s").complete
 

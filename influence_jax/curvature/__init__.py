@@ -21,5 +21,6 @@ from .fisher import Fisher as Fisher
 from .kfac import ekfac as ekfac, kfac as kfac
 from .kronecker import Kronecker as Kronecker
 from .operator import LinearOperator as LinearOperator, Scaled as Scaled, Sum as Sum
+from .projected import Projected as Projected
 from .spectrum import Spectrum as Spectrum, spectrum as spectrum
 from .structured import Diagonal as Diagonal, Identity as Identity, LowRank as LowRank

@@ -139,6 +139,15 @@ def checked_params(params: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
+def check_projection(projection: Any) -> None:
+    """Raise unless it is one."""
+    if not isinstance(projection, Projection):
+        raise TypeError(
+            f"projection: got a {type(projection).__name__}, expected one of influence_jax.projections, e.g. "
+            "rademacher(params, dim, key)"
+        )
+
+
 def checked_key(key: Any) -> Key:
     """A typed threefry key: other generators draw other numbers on other devices, or in other shapes."""
     key = check_key(key, "a projection draws its entries from it")

@@ -1,0 +1,46 @@
+"""Measures of attribution: pure functions of arrays, for `jax.jit` and `jax.vmap` alike.
+
+Scores are `(Q, N)`, positive where training on the example lowers what is measured of the query; masks are `(S, N)`,
+true where the example is kept; outcomes are `(S, Q)`, or `(S, K, Q)` with K seeds.
+
+| question | functions |
+|---|---|
+| Do scores predict training on subsets? | `lds`, and `lds_summary` with intervals |
+| Do they predict leaving out one example, or k? | `lds` with leave-one-out masks and `method="pearson"` |
+| What would a perfect method reach? | `seed_ceiling`, from `seed_agreement` |
+| What was predicted, to draw against what was measured? | `predicted_changes`, `correlation` |
+| What if the most helpful, or harmful, are removed? | `removal_masks`, then `own_outcomes`, `brittleness` |
+| Are mislabelled examples found? | `auc`, `precision_at_k`, `discovery_curve` |
+| Are the examples that state a fact found? | `recall_at_k`, `reciprocal_rank` |
+| Do methods, or runs, agree? | `top_k_overlap`, `rank_stability` |
+| How sure is any of these? | `bootstrap` |
+
+Numbers that are known when a function is called are checked; inside of `jit`, NaN gives NaN.
+"""
+
+from .intervals import (
+    Interval as Interval,
+    Summary as Summary,
+    bootstrap as bootstrap,
+    lds_summary as lds_summary,
+)
+from .rankings import (
+    DiscoveryCurve as DiscoveryCurve,
+    auc as auc,
+    discovery_curve as discovery_curve,
+    precision_at_k as precision_at_k,
+    rank_stability as rank_stability,
+    recall_at_k as recall_at_k,
+    reciprocal_rank as reciprocal_rank,
+    top_k_overlap as top_k_overlap,
+)
+from .ranks import correlation as correlation
+from .retraining import (
+    brittleness as brittleness,
+    lds as lds,
+    own_outcomes as own_outcomes,
+    predicted_changes as predicted_changes,
+    removal_masks as removal_masks,
+    seed_agreement as seed_agreement,
+    seed_ceiling as seed_ceiling,
+)
