@@ -81,6 +81,8 @@ class Stored:
                 f"measure: gives {batching.describe(like)}, but a store keeps one array of each run; flatten it, e.g. "
                 "measure=lambda params: influence_jax.flatten(params, params)"
             )
+        if 0 in like.shape:
+            raise ValueError(f"measure: gives shape {like.shape}, expected something for a store to keep")
         self._sink, self._runs, self._shape = sink, runs, (runs.count, *like.shape)
         sink.begin(manifest, seeds=runs.seeds, measured=like.shape, group=runs.group, dtype=like.dtype)
         self.chosen: str | None = sink.recorded("chosen")

@@ -20,6 +20,7 @@ from ._mesh import compiled, names_of, on_auto_axes
 from ._typing import Array, Key, PyTree
 from .batching import check_finite, check_positive
 from .store.files import fingerprint
+from .training import Training
 
 WAYS = ("each", "map", "vmap")
 # Runs of a group on each device: what is lost by an interruption, and what is in memory at once with vmap.
@@ -37,6 +38,7 @@ class Static:
 
     structure: Any
     fixed: tuple[Any, ...]
+    types: tuple[type, ...]  # for 1, 1.0 and True are equal
 
     def __call__(self, arrays: list[Array]) -> Callable[..., Any]:
         left = iter(arrays)
@@ -61,7 +63,8 @@ def split(fn: Any, name: str, form: str) -> tuple[Static, list[Array]]:
                 f"{name}: its array '{path}' is float64 but 64-bit mode is off, so JAX would cut it to float32; cast "
                 "it to float32 or run under jax.enable_x64(True)"
             )
-    static = Static(structure, tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)))
+    fixed = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    static = Static(structure, fixed, tuple(map(type, fixed)))
     try:
         hash(static)
     except TypeError as error:
@@ -129,6 +132,8 @@ class Runs:
         self.seeds = None if self.keys.ndim == 0 else len(self.keys)
         self._entries = np.asarray(jax.random.key_data(self.keys)).reshape(self.seeds or 1, -1)
         self.count = len(self.masks) * len(self._entries)
+        if isinstance(train_fn, Training):
+            _check_weights(self.masks, train_fn)
         self.dtype = np.dtype(jnp.result_type(float)) if self.masks.dtype == np.bool_ else self.masks.dtype
         self._sharding, self.devices = (None, 1) if sharding is None else _checked_sharding(sharding)
         self._program = Program(static, measured, "each", str(jax.random.key_impl(self.keys)), self._sharding)
@@ -203,7 +208,17 @@ class Runs:
         return arguments if self._sharding is None else jax.device_put(arguments, self._sharding)
 
 
+def _check_weights(masks: np.ndarray, train: Training) -> None:
+    """Raise unless a training can take them, which it cannot tell itself once they are traced."""
+    if masks.shape[1] != train.count:
+        raise ValueError(f"masks: got shape {masks.shape}, expected (S, {train.count}), the examples of {train!r}")
+    if masks.dtype != np.bool_ and masks.min() < 0:
+        raise ValueError(f"masks: got the weight {masks.min()}, expected weights that are not negative")
+
+
 def _checked_masks(masks: Any) -> np.ndarray:
+    if isinstance(masks, jax.Array) and jnp.issubdtype(masks.dtype, jax.dtypes.prng_key):
+        raise TypeError("masks: got random keys, expected (S, N); the order is retrain(train_fn, masks, keys, measure)")
     masks = np.asarray(masks)
     floating = jnp.issubdtype(masks.dtype, jnp.floating)
     if masks.dtype != np.bool_ and not floating:

@@ -98,7 +98,7 @@ def lds_bars(
     """Linear datamodeling scores of several methods, with intervals; the first on top.
 
     Args:
-      results: From each method's name to `(mean, low, high)`, the ends of its 95 % interval, NaN where there is none:
+      results: From each method's name to `(mean, low, high)`, the ends of its interval, NaN where there is none:
         of a `metrics.lds_summary`, `(summary.mean, *summary.over_queries)`.
       ceiling: The highest score that the noise of the seeds allows, the mean of `metrics.seed_ceiling`; a dashed line.
       sort: Whether the best comes first, instead of the order given.
@@ -134,7 +134,7 @@ def lds_bars(
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(places, labels)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel("linear datamodeling score\n(higher is better; 95 % interval)")
+    ax.set_xlabel("linear datamodeling score\n(higher is better)")
     return ax
 
 

@@ -37,7 +37,8 @@ _KNOBS = 'how="each" or "map", of which one training is in memory at a time, or 
 def subsets(n: int, fraction: float, count: int, key: Key) -> np.ndarray:
     """Random subsets of equal size, for the linear datamodelling score.
 
-    Subset i depends on the key and i alone, so asking for more later keeps those of before.
+    Subset i depends on the key, i and the sizes alone, so asking for more later keeps those of before.  With the same
+    key larger subsets hold the smaller ones: use another key for another fraction, unless that is wanted.
 
     Args:
       n: How many examples there are.

@@ -1,7 +1,7 @@
 r"""Training as a pure function of the examples' weights, to be mapped over masks and differentiated.
 
 Every step minimises $\sum_{i\in batch} w_i\,\ell_i / \sum_{i\in batch} w_i + \frac{\lambda}{2}\|\theta\|^2$, so that an
-example of weight zero counts as one that is not there.
+example of weight zero counts as one that is not there; its loss is to be finite all the same.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def training(
         differentiable, when there are no batches.
 
     Returns:
-      The training, which may be jitted, vmapped over masks and keys, and called with `weights` `(N,)`.
+      The training, which may be jitted, vmapped over masks and (threefry) keys, and called with `weights` `(N,)`.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form.
@@ -240,7 +240,8 @@ def _all_steps(train: Training, state: State, weights: Array, key: Key) -> State
         # The weights of the whole group at once: their derivatives are then added up once in a group, not in a step.
         return _steps.scan_again(partial(_step_at, train), state, _steps.weighted(batches, weights))
 
-    orders = jax.vmap(lambda epoch: _steps.order(key, epoch, train.count))(jnp.arange(train.epochs))
+    # Mapped, not vectorised: generators other than threefry draw other numbers when vectorised.
+    orders = lax.map(lambda epoch: _steps.order(key, epoch, train.count), jnp.arange(train.epochs))
     batches = jax.vmap(lambda order: _steps.in_batches(order, train.batch_size))(orders)
     batches = batches.reshape(-1, batches.shape[-1])
     groups, length = _steps.groups(len(batches))

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import _steps
 from ._memory import memory_errors
@@ -40,7 +41,8 @@ def influences(
     influence functions give, less its mean.
 
     Takes about twice the time of the training for each query, and memory that grows with the square root of the number
-    of steps.  What a training returns is a pure function: for derivatives in anything else, `jax.grad` does.
+    of steps, beside four bytes for each example and epoch.  What a training returns is a pure function: for derivatives
+    in anything else, `jax.grad` does.
 
     Args:
       training: Made by `training(..., batches="shared")`, or without batches.
@@ -69,7 +71,7 @@ def influences(
       [[-2.0, -1.0, 3.0]]
 
     Reference: Maclaurin et al. 2015, arXiv:1502.03492; Hara et al. 2019, arXiv:1906.08473; Ilyas & Engstrom 2025,
-    arXiv:2503.13751.
+    arXiv:2504.16430.
     """
     if not isinstance(training, Training):
         raise TypeError(f"training: got a {type(training).__name__}, expected what influence_jax.training returns")
@@ -78,9 +80,16 @@ def influences(
             f"training: got {training!r}, whose batches depend on the weights, so that there is no derivative; make it "
             'with batches="shared"'
         )
+    if training.batch_size == 1 and training.count > 1:
+        raise ValueError(
+            f"training: got {training!r}, but the mean over a batch of one does not depend on its weight, so that "
+            "every score would be 0; use batch_size=2 or more"
+        )
     check_chunk(rhs_chunk, "rhs_chunk")
     query = as_batch(query, "query")
     weights = jnp.ones(training.count) if weights is None else _steps.check_weights(weights, training.count)
+    if not isinstance(weights, jax.core.Tracer) and not np.any(np.asarray(weights)):
+        raise ValueError("weights: all are 0, expected some above: without any the training makes no step")
     asked = training.objective if measurement is None else as_objective(measurement, "measurement")
     key = check_key(key, WHY_KEY)
     with memory_errors("unrolled.influences", KNOBS):

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import CLASSIFICATION, flat, normal, relative_error
 
@@ -35,6 +36,10 @@ def margin(params, example):
     """Log of the odds of the right label."""
     p = jax.nn.softmax(CLASSIFICATION.output(params, example))[example.y]
     return jnp.log(p) - jnp.log1p(-p)
+
+
+def asked(params, example):
+    return ij.baselines.negative_margin(CLASSIFICATION.output(params, example), example.y)
 
 
 class TestLengths:
@@ -90,8 +95,23 @@ class TestCheckpoints:
         params, train, query = problem()
         with pytest.raises(ValueError, match="checkpoints: got none"):
             ij.baselines.tracin(CLASSIFICATION, [], [], query, train)
-        with pytest.raises(ValueError, match=r"weights: got shape \(2,\), expected \(1,\)"):
+        with pytest.raises(ValueError, match=r"learning_rates: got shape \(2,\), expected \(1,\)"):
             ij.baselines.tracin(CLASSIFICATION, [params], [0.1, 0.1], query, train)
+        with pytest.raises(ValueError, match=r"learning_rates: got \[nan\], expected finite"):
+            ij.baselines.tracin(CLASSIFICATION, [params], [np.nan], query, train)
+        with pytest.raises(ValueError, match=r"checkpoints: got leaves of leading axes"):
+            ij.baselines.over_checkpoints(lambda params: 0.0, {"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+        with pytest.raises(TypeError, match="influence: got a int"):
+            ij.baselines.cosine(3, query, train)
+
+    def test_of_a_training_whose_parameters_are_a_tuple(self):
+        f = lambda params, z: 0.5 * (params[0] * z + params[1] - 1) ** 2
+        data = jnp.array([1.0, 2.0])
+        train = ij.retrain.training(f, optax.sgd(0.1), (jnp.array(0.5), jnp.array(0.0)), data, epochs=2)
+        stack = train.checkpoints(jnp.ones(2), jax.random.key(0), [1, 2])
+        rows = [jax.vmap(jax.grad(f), (None, 0))(jax.tree.map(lambda x, t=t: x[t], stack), data) for t in (0, 1)]
+        expected = 0.1 * sum(np.outer(a, a) + np.outer(b, b) for a, b in rows)
+        assert relative_error(ij.baselines.tracin(f, stack, [0.1, 0.1], data, data), expected) < 1e-12
 
 
 class TestTrak:
@@ -105,25 +125,26 @@ class TestTrak:
         p = np.exp(-np.asarray(jax.vmap(CLASSIFICATION, (None, 0))(params, train)))
         kernel = phi.T @ phi / N + damping * np.eye(DIM)
         expected = phi_query @ np.linalg.solve(kernel, (phi * (1 - p)[:, None]).T)
-        made = ij.baselines.trak(CLASSIFICATION, params, train, projection, damping)
+        made = ij.baselines.trak(CLASSIFICATION, asked, params, train, projection, damping)
         assert relative_error(made.influences(query, train), expected) < 1e-9
 
-    def test_confident_predictions_stay_finite(self, float32):
-        f = lambda params, z: jnp.log1p(jnp.exp(-params["w"] @ z))
-        params, train = {"w": jnp.full(3, 30.0)}, jax.random.uniform(jax.random.key(0), (20, 3))
-        projection = ij.projections.gaussian(params, 2, jax.random.key(0))
-        scores = ij.baselines.trak(f, params, train, projection, 1.0).influences(train, train)
-        assert np.isfinite(scores).all()
+    def test_margins_of_confident_predictions(self, float32):
+        """Where the loss is zero to rounding, the margin and its gradient are not."""
+        logits = jnp.array([40.0, 1.0, 0.0])
+        slope = jax.grad(ij.baselines.negative_margin)(logits, 0)
+        e = np.exp(1.0)
+        assert relative_error(slope, [-1.0, e / (1 + e), 1 / (1 + e)]) < 1e-6
+        assert relative_error(ij.baselines.negative_margin(logits, 0), np.log(1 + e) - 40) < 1e-6
 
     def test_mistakes(self):
         params, train, _ = problem()
         wide = ij.projections.gaussian(params, N + 5, jax.random.key(0))
         with pytest.raises(ValueError, match=r"projection: its kernel of 40 examples in 45 dimensions is singular"):
-            ij.baselines.trak(CLASSIFICATION, params, train, wide)
+            ij.baselines.trak(CLASSIFICATION, asked, params, train, wide)
         with pytest.raises(TypeError, match="projection: got a int"):
-            ij.baselines.trak(CLASSIFICATION, params, train, 12)
+            ij.baselines.trak(CLASSIFICATION, asked, params, train, 12)
         with pytest.raises(ValueError, match="damping"):
-            ij.baselines.trak(CLASSIFICATION, params, train, wide, -1.0)
+            ij.baselines.trak(CLASSIFICATION, asked, params, train, wide, -1.0)
 
 
 class TestProjected:
@@ -141,6 +162,10 @@ class TestProjected:
         projection = ij.projections.rademacher(params, DIM, jax.random.key(0))
         with pytest.raises(ValueError, match=r"matrix: got shape \(3, 3\), expected \(12, 12\)"):
             ij.Projected(params, projection, jnp.eye(3))
+        with pytest.raises(ValueError, match="matrix: differs from its transpose"):
+            ij.Projected(params, projection, jnp.triu(jnp.ones((DIM, DIM))))
+        with pytest.raises(TypeError, match="matrix: got complex128"):
+            ij.Projected(params, projection, 1j * np.eye(DIM))
         with pytest.raises(TypeError, match="projection: got a str"):
             ij.Projected(params, "rademacher", jnp.eye(3))
         with pytest.raises(ValueError, match="params"):

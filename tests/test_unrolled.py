@@ -126,6 +126,15 @@ class TestMaskedTraining:
         train = made(batch_size=3, data=ij.Batch(x, DATA.y))
         assert tree_error(train(MASKS[2], KEY), reference("sgd", 3, MASKS[2].astype(float), own=True)) < 1e-12
 
+    @pytest.mark.parametrize("random", ["threefry2x32", "rbg"])
+    def test_batches_that_are_shared_or_not_are_the_same_with_every_generator(self, random):
+        key = jax.random.key(0, impl=random)
+        own = made(batch_size=3)(ONES, key)
+        shared = made(batch_size=3, batches="shared")
+        assert tree_error(shared(ONES, key), own) < 1e-12
+        last = jax.tree.map(lambda x: x[0], shared.checkpoints(ONES, key, [shared.epochs]))
+        assert tree_error(last, own) < 1e-12
+
     @pytest.mark.parametrize("batch_size", [1, COUNT, 10 * COUNT])
     def test_any_batch_size(self, batch_size):
         expected = reference("sgd", batch_size, ONES, own=True)
@@ -344,6 +353,8 @@ class TestMistakes:
         [
             ({"training": lambda w, key: PARAMS}, TypeError, "training: got a function"),
             ({"training": made(batch_size=4)}, ValueError, r'own batches of 4.*batches="shared"'),
+            ({"training": made(batch_size=1, batches="shared")}, ValueError, "batch of one does not depend"),
+            ({"weights": 0 * ONES}, ValueError, "weights: all are 0"),
             ({"query": [1.0]}, TypeError, "query: leaf '0' is a float"),
             ({"measurement": 3}, TypeError, "measurement: got a int"),
             ({"rhs_chunk": 0}, ValueError, "rhs_chunk: got 0"),

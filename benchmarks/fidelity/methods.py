@@ -45,9 +45,13 @@ def relative(params, train, query, damping):
     return ij.baselines.relative(ij.Influence(OBJECTIVE, params, inverse), query, train)
 
 
+def negative_margin(params, example):
+    return ij.baselines.negative_margin(problems.predict(params, example), example["y"])
+
+
 def trak(params, train, query, damping):
     projection = ij.projections.rademacher(params, DIM, jax.random.key(1))
-    return ij.baselines.trak(OBJECTIVE, params, train, projection, damping).influences(query, train)
+    return ij.baselines.trak(OBJECTIVE, negative_margin, params, train, projection, damping).influences(query, train)
 
 
 def harmonic(damping):

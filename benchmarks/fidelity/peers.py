@@ -66,8 +66,13 @@ def of_pydvl(problem, train, query, damping):
         "pyDVL harmonic mean": lambda m: influence.InverseHarmonicMeanInfluence(m, loss, damping),
     }
     for name, make in made.items():
-        model = make(network(problem)).fit(loader)
-        yield name, model.influences(*given).detach().numpy()
+        try:
+            scores = make(network(problem)).fit(loader).influences(*given).detach().numpy()
+        except (RuntimeError, ValueError) as error:  # e.g. its block CG for an indefinite Hessian
+            print(f"{name} at damping {damping:g} failed: {error}", file=sys.stderr)
+            continue
+        if np.isfinite(scores).all():
+            yield name, scores
 
 
 if __name__ == "__main__":

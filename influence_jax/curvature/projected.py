@@ -54,6 +54,12 @@ class Projected(LinearOperator):
         expected = (self.projection.dim, self.projection.dim)
         if jnp.shape(self.matrix) != expected:
             raise ValueError(f"matrix: got shape {jnp.shape(self.matrix)}, expected {expected}, that of the projection")
+        if not jnp.issubdtype(jnp.result_type(self.matrix), jnp.floating) or tree.is_float64_lost(self.matrix):
+            raise TypeError(f"matrix: got {self.matrix.dtype}, expected real floating numbers, float32 in 32-bit mode")
+        if not isinstance(self.matrix, jax.core.Tracer):
+            uneven = float(jnp.max(jnp.abs(self.matrix - self.matrix.T)))
+            if not uneven <= 1e-3 * float(jnp.max(jnp.abs(self.matrix))):
+                raise ValueError(f"matrix: differs from its transpose by up to {uneven:.1e}, expected a symmetric one")
         set_field(self, "matrix", jnp.asarray(self.matrix))
 
     def mv(self, v: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ true where the example is kept; outcomes are `(S, Q)`, or `(S, K, Q)` with K see
 | Do methods, or runs, agree? | `top_k_overlap`, `rank_stability` |
 | How sure is any of these? | `bootstrap` |
 
-Numbers that are known when a function is called are checked; inside of `jit`, NaN gives NaN.
+Numbers that are known when a function is called are checked; inside of `jit`, scores that are NaN give NaN.
 """
 
 from .intervals import (

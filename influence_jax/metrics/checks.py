@@ -70,6 +70,8 @@ def _array(value: Any, name: str, axes: Sequence[str]) -> Array:
             f"{name}: got float64 but 64-bit mode is off, so JAX would cut it to float32; cast it with "
             ".astype(numpy.float32) or run under jax.enable_x64(True)"
         )
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
+        array = array.astype(jnp.result_type(float))  # before JAX would wrap what its integers cannot hold
     ranks = [layout.count(",") + (not layout.endswith(",)")) for layout in axes] or range(1, array.ndim + 1)
     if array.ndim not in ranks or array.size == 0:
         raise ValueError(f"{name}: got shape {array.shape}, expected {expected} with no axis empty")
@@ -108,5 +110,5 @@ def check_method(method: str) -> None:
 
 def check_level(level: float) -> None:
     """Raise unless an interval can cover that share."""
-    if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
+    if not isinstance(level, float | np.floating) or not 0 < level < 1:
         raise ValueError(f"level: got {level!r}, expected a float between 0 and 1, e.g. 0.95")

@@ -87,11 +87,14 @@ def bootstrap(
 
     Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
-    values = as_batch(values, "values")
+    values = jax.tree.map(_wide, as_batch(values, "values"))
     check_least("values", tree.count(values), 2, "rows", "one row says nothing about others")
     if not callable(statistic):
         raise TypeError(f"statistic: got {statistic!r}, expected a function of rows, e.g. jnp.median")
     _check_settings(key, resamples, level)
+    shape = jax.eval_shape(statistic, values)
+    if not isinstance(shape, jax.ShapeDtypeStruct):
+        raise TypeError(f"statistic: returned a {type(shape).__name__}, expected a function of rows to one array")
     return _bootstrap(values, key, statistic, resamples, level)
 
 
@@ -112,8 +115,13 @@ def _bootstrap(
         return statistic(jax.tree.map(lambda x: jnp.take(x, drawn, axis=0), values))
 
     found = map_over(resampled, jax.random.split(key, resamples), chunk=chunk_for(tree.size(values)))
-    found = found if jnp.issubdtype(found.dtype, jnp.floating) else found.astype(jnp.result_type(float))
+    found = _wide(found) if jnp.issubdtype(found.dtype, jnp.floating) else found.astype(jnp.result_type(float))
     return Interval(*jnp.quantile(found, _ends(level, found), axis=0))
+
+
+def _wide(x: Array) -> Array:
+    """Float32 or wider, if it is floating."""
+    return tree.promote(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _ends(level: float, found: Array) -> Array:

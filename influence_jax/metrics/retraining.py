@@ -72,7 +72,7 @@ def lds(scores: Array, masks: Array, outcomes: Array, *, method: str = "spearman
       method: `"spearman"` or `"pearson"`.
 
     Returns:
-      `(Q,)`; NaN for a query whose predictions or outcomes are the same for all subsets.
+      `(Q,)`; NaN for a query whose predictions or outcomes are the same for all subsets, to the last bit.
 
     Raises:
       ValueError: If shapes do not fit, there are fewer than three subsets, a mask is not of 0 and 1, or a number is NaN
@@ -208,11 +208,11 @@ def removal_masks(scores: Array, counts: Sequence[int], *, remove: str = "helpfu
 
     Reference: Ilyas et al. 2022, arXiv:2202.00622, section 4; Bae et al. 2024, arXiv:2405.12186.
     """
-    if remove not in LARGEST_FIRST:
+    if not isinstance(remove, str) or remove not in LARGEST_FIRST:
         raise ValueError(f"remove: got {remove!r}, expected one of {list(LARGEST_FIRST)}")
     scores = numbers(scores, "scores", "(Q, N)", "(N,)")
     removed = _counts(counts)
-    if removed.min() < 0 or removed.max() >= scores.shape[-1]:
+    if removed.max() >= scores.shape[-1]:
         raise ValueError(f"counts: got {counts}, expected 0 to {scores.shape[-1] - 1}, for there is nothing beyond")
     order = jnp.argsort(LARGEST_FIRST[remove] * scores, axis=-1, stable=True)
     place = jnp.argsort(order, axis=-1)[..., None, :]
@@ -221,8 +221,8 @@ def removal_masks(scores: Array, counts: Sequence[int], *, remove: str = "helpfu
 
 def _counts(counts: Any) -> np.ndarray:
     found = np.asarray(counts)
-    if found.ndim != 1 or found.size == 0 or found.dtype.kind not in "iu":
-        raise ValueError(f"counts: got {counts!r}, expected a list of ints, e.g. [10, 20, 40]")
+    if found.ndim != 1 or found.size == 0 or found.dtype.kind not in "iu" or found.min() < 0:
+        raise ValueError(f"counts: got {counts!r}, expected a list of ints from 0 on, e.g. [10, 20, 40]")
     return found
 
 
