@@ -97,7 +97,7 @@ def _lengths(influence: Influence, batch: PyTree) -> Array:
 def over_checkpoints(
     scores: Callable[[PyTree], Array],
     checkpoints: PyTree,
-    weights: Sequence[float] | Array | None = None,
+    weights: Sequence[float] | Array | np.ndarray | None = None,
 ) -> Array:
     r"""Scores at several parameters put together, $\sum_t \eta_t\, s(\theta_t)$, or their mean.
 
