@@ -126,42 +126,22 @@ for inspected in (len(flipped), 2 * len(flipped)):
     )
 
 # %% One picture of it all
-columns = 4
-figure = plt.figure(figsize=(13, 7.2), layout="constrained")
-top, bottom = figure.subfigures(2, 1, height_ratios=[1.9, 1])
-axes = top.subplots(len(chosen), 1 + 2 * columns, squeeze=False)
-
-
-def show(axis, image, title, color="black"):
-    """A digit with a caption."""
-    axis.imshow(image.reshape(8, 8), cmap="gray_r")
-    axis.set_title(title, fontsize=9, color=color)
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
+figure = plt.figure(figsize=(13, 9.2), layout="constrained")
+top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
+top.suptitle("Test digits, and the training digits that helped them and hurt them most")
+pictures = images.reshape(-1, 8, 8)
+names = [f"{y} (wrong)" if y != t else str(y) for y, t in zip(labels, truth, strict=True)]
+axes = top.subplots(len(chosen), 9)
 for row, place in enumerate(chosen):
-    show(axes[row, 0], test.x[place], f"test: a {test.y[place]}, predicted {predicted[place]}", "tab:blue")
-    for start, picks in ((1, ranked[row, :columns]), (1 + columns, ranked[row, ::-1][:columns])):
-        for offset, index in enumerate(picks):
-            bad = labels[index] != truth[index]
-            title = f"labelled {labels[index]}" + (" (wrong)" if bad else "") + f"\n{scores[row, index]:+.2f}"
-            show(axes[row, start + offset], images[index], title, "tab:red" if bad else "black")
-top.suptitle("Test digits, the training digits that helped them most (left four) and hurt them most (right four)")
+    title = f"a {test.y[place]}, predicted {predicted[place]}"
+    shown = pictures[args.train + place], title, pictures[: args.train], names[: args.train], scores[row]
+    ij.plot.images(*shown, k=4, cmap="gray_r", axes=axes[row])
 
-left, middle = bottom.subplots(1, 2)
+left, right = bottom.subplots(1, 2)
 is_flipped = np.isin(np.arange(args.train), flipped)
-floor = max(self_influence.min(), 1e-6)
-bins = np.geomspace(floor, self_influence.max(), 40)
-left.hist(np.maximum(self_influence[~is_flipped], floor), bins, label="label as it was", color="tab:gray")
-left.hist(np.maximum(self_influence[is_flipped], floor), bins, label="label flipped", color="tab:red")
-left.set(xscale="log", yscale="log", xlabel="self-influence", ylabel="training digits", title="Wrong labels stand out")
-left.legend()
-share = np.arange(1, args.train + 1) / args.train
-middle.plot(share, np.cumsum(is_flipped[suspects]) / len(flipped), color="tab:red", label="by self-influence")
-middle.plot([0, 1], [0, 1], color="tab:gray", linestyle="--", label="at random")
-middle.set(xlim=(0, 0.5), ylim=(0, 1.02), xlabel="share of training data inspected", ylabel="flipped labels found")
-middle.set_title("Finding them")
-middle.legend(loc="lower right")
+groups = {"label as it was": self_influence[~is_flipped], "label flipped": self_influence[is_flipped]}
+ij.plot.score_histogram(groups, ax=left).set(xlabel="self-influence", title="Wrong labels stand out")
+curves = {"self-influence": ij.metrics.discovery_curve(self_influence, is_flipped)}
+ij.plot.discovery_curve(curves, wrong=is_flipped.mean(), ax=right).set(title="Finding them", xlim=(0, 0.5))
 figure.savefig(args.picture, dpi=110)
 print(f"\nPicture saved to {args.picture}")

@@ -6,15 +6,18 @@ import re
 import subprocess
 import sys
 
+from conftest import KNOWN
+
 ROOT = pathlib.Path(__file__).parent.parent
 USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 USER_ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+USER_ENVIRONMENT["XLA_FLAGS"] = " ".join(f"--{name}={str(value).lower()}" for name, value in KNOWN.items())
 
 
 def run(*arguments: str) -> str:
     """A script in a fresh interpreter with the user's defaults: no 64-bit mode, one device.
 
-    Only the compiler's optimisations are left out, which take longer than what they save.
+    Only the compiler is told to be quick, for its optimisations take longer than what they save.
     """
     command = [sys.executable, "-W", "error::DeprecationWarning:influence_jax", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=USER_ENVIRONMENT)
@@ -69,3 +72,51 @@ def test_training_loop(tmp_path):
     precisions = [int(share) for share in re.findall(r"(\d+)% of them with a wrong label", printed)]
     assert len(precisions) == 2, printed
     assert min(precisions) > 80, printed
+
+
+def test_mislabels(tmp_path):
+    picture = tmp_path / "mislabels.png"
+    small = ("--train", "300", "--checked", "40", "--hidden", "8", "--epochs", "60", "--picture", str(picture))
+    printed = run("examples/mislabels.py", *small)
+    assert picture.stat().st_size > 50_000
+    area = {name: float(value) for name, value in re.findall(r"^(\S.*?) +(\d\.\d{3}) \(", printed, re.MULTILINE)}
+    assert len(area) == 3, printed
+    assert min(area["self-influence"], area["loss"]) > 0.9, printed
+    assert area["harm to checked images"] > 0.6, printed
+    best, second = re.search(r"Best here: (.*), by .* before (.*)\.", printed).groups()
+    assert [best, second] == sorted(area, key=area.get)[:0:-1], printed
+
+
+def test_lds_study(tmp_path):
+    picture = tmp_path / "lds_study.png"
+    small = ("--train", "200", "--queries", "30", "--subsets", "15", "--seeds", "2", "--hidden", "4")
+    printed = run("examples/lds_study.py", *small, "--picture", str(picture))
+    assert picture.stat().st_size > 30_000
+    scores = {name: float(value) for name, value in re.findall(r"^(\S.*?) {2,}(\d\.\d{3})", printed, re.MULTILINE)}
+    assert len(scores) == 5, printed
+    assert scores["gradient dot"] < scores["exact Gauss-Newton"] < scores["ceiling of the seeds"] <= 1, printed
+
+
+def test_damping(tmp_path):
+    picture = tmp_path / "damping.png"
+    small = ("--train", "200", "--queries", "60", "--subsets", "15", "--hidden", "4", "--picture", str(picture))
+    printed = run("examples/damping.py", *small)
+    assert picture.stat().st_size > 30_000
+    swept = {damping: float(score) for damping, score in re.findall(r"damping (\S+): LDS (-?\d\.\d{3})", printed)}
+    chosen, judged = re.search(r"chosen (\S+); LDS of the other test images (\d\.\d{3})", printed).groups()
+    assert len(swept) == 9, printed
+    assert swept[chosen] == max(swept.values()) > swept["1.0e+00"] + 0.1, printed
+    assert float(judged) > swept["1.0e+00"] + 0.1, printed
+
+
+def test_repair(tmp_path):
+    picture = tmp_path / "repair.png"
+    small = ("--train", "300", "--checked", "60", "--hidden", "8", "--seeds", "3", "--picture", str(picture))
+    printed = run("examples/repair.py", *small)
+    assert picture.stat().st_size > 50_000
+    accuracy = {
+        (name, int(count)): float(value)
+        for count, name, value in re.findall(r"^ *(\d+)  (\S.*?)  .*?([\d.]+)% \(", printed, re.MULTILINE)
+    }
+    assert accuracy["most harmful", 60] > accuracy["none", 0] + 2, printed
+    assert accuracy["most harmful", 60] > accuracy["at random", 60] + 2, printed
