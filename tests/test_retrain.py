@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import normal, random_batch, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -322,6 +323,22 @@ class TestDevices:
 
 
 class TestMistakes:
+    def test_numbers_that_are_equal_but_of_another_type_have_programs_of_their_own(self):
+        divide = lambda by, weights, key: weights.sum() // by if isinstance(by, int) else weights.sum() / by
+        masks = np.ones((1, 6), bool)
+        found = [quietly(functools.partial(divide, by), masks, KEYS[0]).item() for by in (4, 4.0)]
+        assert found == [1.0, 1.5]
+
+    def test_weights_that_a_training_cannot_take(self):
+        f = lambda params, z: 0.5 * (params["mean"] - z) ** 2
+        train = ij.retrain.training(f, optax.sgd(0.5), {"mean": jnp.array(0.0)}, jnp.arange(3.0), epochs=2)
+        with pytest.raises(ValueError, match=r"masks: got shape \(1, 4\), expected \(S, 3\)"):
+            quietly(train, np.ones((1, 4), bool), KEYS[0])
+        with pytest.raises(ValueError, match=r"masks: got the weight -1.0"):
+            quietly(train, -np.ones((1, 3)), KEYS[0])
+        with pytest.raises(TypeError, match=r"masks: got random keys"):
+            quietly(train, KEYS, np.ones((1, 3), bool))
+
     @pytest.mark.parametrize(
         ("changed", "error", "told"),
         [
