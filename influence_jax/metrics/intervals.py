@@ -67,8 +67,8 @@ def bootstrap(
     Args:
       values: Rows, leaves `(n, ...)` with at least two: measures of queries, or e.g. a pair `(suspicion, flipped)`.
       key: Random key; the same key gives the same interval.
-      statistic: Function of rows to an array, e.g. `lambda rows: auc(*rows)`; `jnp.nanmean` leaves out rows that are
-        NaN, which otherwise make the interval NaN.
+      statistic: Function of rows to an array, e.g. `lambda rows: auc(*rows)`, defined once, for each compiles anew;
+        `jnp.nanmean` leaves out rows that are NaN, which otherwise make the interval NaN.
       resamples: How many.
       level: Share that the interval is to cover.
 
