@@ -357,6 +357,12 @@ class TestInverses:
         x = ij.stream.invert(weighted, OBJECTIVE, params, loader, solver).solve(params)[0]
         expected = ij.invert(ij.GGN(OBJECTIVE, params, data, weights=weights), ij.Direct(0.1)).solve(params)[0]
         assert relative_error(ij.flatten(x, params), ij.flatten(expected, params)) < 1e-9
+        # Of a Hessian some may be negative, and those of a batch cancel though the batch counts.
+        weights = np.where(np.arange(N) == 5, -19.0, 1.0)
+        hessian = lambda objective, params, batch: ij.Hessian(objective, params, batch, weights=batch["w"])
+        op = ij.stream.operator(hessian, OBJECTIVE, params, Blocks(cut({**data, "w": weights}, 20), "loader"))
+        expected = ij.to_dense(ij.Hessian(OBJECTIVE, params, data, weights=weights))
+        assert relative_error(ij.to_dense(op), expected) < 1e-12
         loader = cut({**data, "w": 0 * weights}, 20)
         with pytest.raises(ValueError, match="weights: those of all batches of loader sum to 0"):
             ij.stream.invert(weighted, OBJECTIVE, params, loader, solver).solve(params)

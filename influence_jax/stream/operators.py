@@ -178,8 +178,11 @@ def _sums(
         if isinstance(term, Scaled):
             return term_sums(term.op, factor * term.factor)
         mass = _mass(term, count)
-        part = tree.scale(mass, tree.scale(factor, product(term, *arguments)))
-        return [(jax.tree.map(lambda x: jnp.where(mass == 0, jnp.zeros_like(x), x), part), mass)]
+        if isinstance(term, OverData):  # undivided, for the weights of one batch may sum to zero
+            return [
+                (tree.scale(factor, product(dataclasses.replace(term, total=jnp.ones_like(mass)), *arguments)), mass)
+            ]
+        return [(tree.scale(mass, tree.scale(factor, product(term, *arguments))), mass)]
 
     return term_sums(op, 1.0)
 
