@@ -157,6 +157,12 @@ class TestProjected:
         rows = projection.project(jax.vmap(lambda row: ij.unflatten(row, params))(jnp.eye(size)))
         assert relative_error(ij.to_dense(op), rows @ (draw @ draw.T) @ rows.T) < 1e-10
 
+    def test_the_projection_is_never_held_whole(self):
+        params = {"w": np.ones((64, 512))}
+        op = ij.Projected(params, ij.projections.rademacher(params, 512, jax.random.key(0)), np.eye(512))
+        program = jax.jit(lambda op, V: op.mm(V)).lower(op, {"w": np.ones((1, 64, 512))}).compile()
+        assert program.memory_analysis().temp_size_in_bytes < 64 * 512 * 512 * 8 / 2
+
     def test_mistakes(self):
         params, *_ = problem()
         projection = ij.projections.rademacher(params, DIM, jax.random.key(0))

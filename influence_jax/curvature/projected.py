@@ -52,6 +52,8 @@ class Projected(LinearOperator):
         check_projection(self.projection)
         tree.check_vector(self.params, self.projection.space, "params, against the space of the projection")
         expected = (self.projection.dim, self.projection.dim)
+        if not hasattr(self.matrix, "dtype"):
+            raise TypeError(f"matrix: got a {type(self.matrix).__name__}, expected an array {expected}")
         if jnp.shape(self.matrix) != expected:
             raise ValueError(f"matrix: got shape {jnp.shape(self.matrix)}, expected {expected}, that of the projection")
         if not jnp.issubdtype(jnp.result_type(self.matrix), jnp.floating) or tree.is_float64_lost(self.matrix):

@@ -188,6 +188,7 @@ def times_entries(kind: str, key: Key, x: Array, columns: int) -> Array:
     rows = max(1, BLOCK_ENTRIES // columns)
     last = -(-x.shape[1] // rows) - 1
 
+    @jax.checkpoint  # so that a transpose draws the entries again and does not hold them
     def product(part: Array, number: Array | int) -> Array:
         drawn = entries(kind, jax.random.fold_in(key, number), (part.shape[1], columns))
         return jnp.matmul(part, drawn.astype(part.dtype), precision=tree.HIGHEST)
