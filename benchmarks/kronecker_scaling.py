@@ -7,7 +7,6 @@ measurement is made in a process of its own, on one core.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -16,7 +15,6 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE / "side_by_side"))
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)
 COUNTS = (250, 1000, 4000, 16000)
 QUERIES, LENGTH, VOCABULARY, HEADS = 8, 32, 256, 4
@@ -30,7 +28,7 @@ def measure(width, count):
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from measuring import forget_peak, memory, timed
+    from comparison.measuring import memory, start_peak, timed
 
     import influence_jax as ij
 
@@ -63,9 +61,7 @@ def measure(width, count):
     influence = ij.Influence(objective, params, ij.invert(fit(), ij.Direct(ij.RelativeDamping(0.1))))
     for name, run in (("fit", fit), ("score", score)):
         run()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be used again unseen
-        baseline = memory("VmRSS")
-        forget_peak()
+        baseline = start_peak()
         times = [timed(run)[1] for _ in range(3)]
         figures |= {f"{name}_ms": 1e3 * min(times) / count, f"{name}_mb": memory("VmHWM") - baseline}
     return figures

@@ -1,4 +1,5 @@
-"""How much damping?  Choose it by what retraining did, with one eigendecomposition for the whole grid.
+# %% [markdown]
+"""# How much damping?  Choose it by what retraining did, with one eigendecomposition for the whole grid.
 
     python examples/damping.py
 
@@ -9,15 +10,16 @@ interval, and saves one picture: the scores of the grid, and the spectrum with t
 minute on a laptop CPU.
 """
 
-# %% Data, and a model: a function of the parameters and ONE image, and its loss
+# %% [markdown]
+# ## Data, and a model: a function of the parameters and ONE image, and its loss
+
+# %%
 import argparse
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -25,14 +27,14 @@ from sklearn.datasets import load_digits
 
 import influence_jax as ij
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--train", type=int, default=1000, help="number of training images (at most 1600)")
 parser.add_argument("--queries", type=int, default=160, help="number of test images (at most 190)")
 parser.add_argument("--subsets", type=int, default=50, help="random halves to train on")
 parser.add_argument("--hidden", type=int, default=16, help="width of the network")
 parser.add_argument("--penalty", type=float, default=1e-3, help="of the training, on the square of the parameters")
 parser.add_argument("--picture", default="damping.png", help="where to save the picture")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.target))
@@ -65,18 +67,24 @@ objective = ij.Objective(predict, cross_entropy)
 optimizer = optax.sgd(0.1, momentum=0.9)
 fit = ij.retrain.training(objective, optimizer, start, train, epochs=30, batch_size=50, penalty=args.penalty)
 
-# %% The truth: train on halves from three starts, and measure the loss of every query
+# %% [markdown]
+# ## The truth: train on halves from three starts, and measure the loss of every query
+
+# %%
 began = time.perf_counter()
 masks = ij.retrain.subsets(args.train, 0.5, args.subsets, jax.random.key(0))  # (S, N), True for kept
 keys = jax.random.split(jax.random.key(1), 3)
 measure = jax.tree_util.Partial(lambda query, params: jax.vmap(objective, (None, 0))(params, query), query)
-outcomes = ij.retrain.retrain(fit, masks, keys, measure, how="each", progress=False)  # (S, K, Q)
+outcomes = ij.retrain.retrain(fit, masks, keys, measure, how="each")  # (S, K, Q)
 params = fit(np.ones(args.train, bool), keys[0])
 print(
     f"Trained on {args.subsets} halves of {args.train} digits, three times each: {time.perf_counter() - began:.0f} s."
 )
 
-# %% The scores: one eigendecomposition, and every damping then costs little more than the products with gradients
+# %% [markdown]
+# ## The scores: one eigendecomposition, and every damping then costs little more than the products with gradients
+
+# %%
 began = time.perf_counter()
 curvature = ij.GGN(objective, params, train)
 inverse = ij.invert(curvature, ij.Eigh(1e-2))
@@ -101,7 +109,10 @@ others, lows_of_others, highs_of_others = quality(judging)
 interval = f"{lows_of_others[best]:.3f} to {highs_of_others[best]:.3f}"
 print(f"chosen {dampings[best]:.1e}; LDS of the other test images {others[best]:.3f} ({interval})")
 
-# %% One picture
+# %% [markdown]
+# ## One picture
+
+# %%
 ritz = ij.spectrum(curvature, 80, key=jax.random.key(3), probes=4)
 dimension = float(ritz.effective_dimension(dampings[best].item())[0])
 print(f"\nIt leaves an effective dimension of {dimension:.0f} of {ritz.size} parameters;", end=" ")

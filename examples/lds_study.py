@@ -1,4 +1,5 @@
-"""Does attribution predict what retraining does?  The linear datamodeling score of several methods.
+# %% [markdown]
+"""# Does attribution predict what retraining does?  The linear datamodeling score of several methods.
 
     python examples/lds_study.py
 
@@ -8,15 +9,16 @@ score with a 95 % interval, and the ceiling that the noise of the seeds sets; sa
 prediction against measurement for one test image.  Takes a minute on a laptop CPU.
 """
 
-# %% Data, and a model: a function of the parameters and ONE image, and its loss
+# %% [markdown]
+# ## Data, and a model: a function of the parameters and ONE image, and its loss
+
+# %%
 import argparse
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -24,7 +26,7 @@ from sklearn.datasets import load_digits
 
 import influence_jax as ij
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--train", type=int, default=1000, help="number of training images (at most 1600)")
 parser.add_argument("--queries", type=int, default=100, help="number of test images (at most 190)")
 parser.add_argument("--subsets", type=int, default=50, help="random halves to train on")
@@ -32,7 +34,7 @@ parser.add_argument("--seeds", type=int, default=4, help="trainings on each")
 parser.add_argument("--hidden", type=int, default=32, help="width of the network")
 parser.add_argument("--damping", type=float, default=1e-2, help="of all methods that have one; see damping.py")
 parser.add_argument("--picture", default="lds_study.png", help="where to save the picture")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.target))
@@ -65,16 +67,22 @@ objective = ij.Objective(predict, cross_entropy)
 optimizer = optax.sgd(0.1, momentum=0.9)
 fit = ij.retrain.training(objective, optimizer, start, train, epochs=30, batch_size=50, penalty=1e-3)
 
-# %% The truth: train on halves, and measure the loss of every query
+# %% [markdown]
+# ## The truth: train on halves, and measure the loss of every query
+
+# %%
 began = time.perf_counter()
 masks = ij.retrain.subsets(args.train, 0.5, args.subsets, jax.random.key(0))  # (S, N), True for kept
 keys = jax.random.split(jax.random.key(1), args.seeds)
 measure = jax.tree_util.Partial(lambda query, params: jax.vmap(objective, (None, 0))(params, query), query)
-outcomes = ij.retrain.retrain(fit, masks, keys, measure, how="each", progress=False)  # (S, K, Q)
+outcomes = ij.retrain.retrain(fit, masks, keys, measure, how="each")  # (S, K, Q)
 models = [fit(np.ones(args.train, bool), key) for key in keys]
 print(f"{args.subsets} halves of {args.train} digits, {args.seeds} seeds: {time.perf_counter() - began:.0f} s.")
 
-# %% The predictions: scores (Q, N) of a model, as means over the models of all seeds
+# %% [markdown]
+# ## The predictions: scores (Q, N) of a model, as means over the models of all seeds
+
+# %%
 projection = ij.projections.rademacher(models[0], 256, jax.random.key(2))
 
 
@@ -106,7 +114,10 @@ for name, method in methods.items():
     print(f"{name:30s}{mean:.3f} {intervals}   ({time.perf_counter() - began:.0f} s)")
 print(f"{'ceiling of the seeds':30s}{ceiling:.3f}")
 
-# %% One picture: all methods, and the best of them on the query whose loss depends most on the half
+# %% [markdown]
+# ## One picture: all methods, and the best of them on the query whose loss depends most on the half
+
+# %%
 best = max(bars, key=lambda name: float(bars[name][0]))
 chosen = int(np.argmax(np.std(outcomes.mean(axis=1), axis=0)))
 before = np.mean([measure(params)[chosen] for params in models])

@@ -1,4 +1,5 @@
-"""Which labels are wrong?  Three ways to rank suspects, and what speaks against the worst of them.
+# %% [markdown]
+"""# Which labels are wrong?  Three ways to rank suspects, and what speaks against the worst of them.
 
     python examples/mislabels.py
 
@@ -11,14 +12,15 @@ Plain loss finds them as well, and cheaper, while the network has not learnt the
 with `--epochs 200 --penalty 0`, self-influence does a little better.
 """
 
-# %% Data: digits, some with a wrong label, and a few that were checked by hand
+# %% [markdown]
+# ## Data: digits, some with a wrong label, and a few that were checked by hand
+
+# %%
 import argparse
+import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -26,7 +28,7 @@ from sklearn.datasets import load_digits
 
 import influence_jax as ij
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--train", type=int, default=1200, help="number of training images (at most 1600)")
 parser.add_argument("--checked", type=int, default=100, help="number of images with checked labels")
 parser.add_argument("--hidden", type=int, default=32, help="width of the network")
@@ -34,7 +36,7 @@ parser.add_argument("--epochs", type=int, default=40)
 parser.add_argument("--penalty", type=float, default=1e-4, help="of the training, on the square of the parameters")
 parser.add_argument("--damping", type=float, default=1e-2)
 parser.add_argument("--picture", default="mislabels.png", help="where to save the picture")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.target))
@@ -48,7 +50,11 @@ train = ij.Batch(images[: args.train], labels[: args.train])
 checked = ij.Batch(images[-args.checked :], truth[-args.checked :])
 
 
-# %% Model: a function of the parameters and ONE image, and its loss
+# %% [markdown]
+# ## Model: a function of the parameters and ONE image, and its loss
+
+
+# %%
 def predict(params, example: ij.Batch) -> jax.Array:
     """Logits of a network with one hidden layer."""
     hidden = jnp.tanh(example.x @ params["first"]["kernel"] + params["first"]["bias"])
@@ -78,7 +84,10 @@ right = jax.vmap(lambda example: jnp.argmax(predict(params, example)) == example
 print(f"{args.train} training digits, {flipped.sum()} of them with a wrong label.")
 print(f"Accuracy: {np.mean(right(train)):.1%} of these labels, {np.mean(right(checked)):.1%} of the checked ones.\n")
 
-# %% Three measures of suspicion, high where a label is likely to be wrong
+# %% [markdown]
+# ## Three measures of suspicion, high where a label is likely to be wrong
+
+# %%
 inverse = ij.invert(ij.GGN(objective, params, train), ij.Direct(args.damping))
 influence = ij.Influence(objective, params, inverse)
 suspicion = {
@@ -114,7 +123,10 @@ for name, middle, low, high in zip(measures, area, lows[:-1], highs[:-1], strict
     print(f"{name:24s}{middle:.3f} ({low:.3f} to {high:.3f})    {precision:.0%}")
 print(f"Best here: {measures[best]}, by {lows[-1]:+.3f} to {highs[-1]:+.3f} before {measures[second]}.\n")
 
-# %% What speaks against the top suspects: the training images that their labels contradict
+# %% [markdown]
+# ## What speaks against the top suspects: the training images that their labels contradict
+
+# %%
 suspects = np.argsort(-np.asarray(suspicion["self-influence"]))[:4]
 asked = jax.tree.map(lambda x: x[suspects], train)
 scores = np.array(ij.baselines.relative(influence, asked, train))  # else other wrong labels would drown the rest
@@ -124,7 +136,10 @@ for row, suspect in enumerate(suspects):
     verdict = f"really a {truth[suspect]}" if flipped[suspect] else "which is right"
     print(f"#{suspect} is labelled {labels[suspect]}, {verdict}; harmed most by images labelled {against.tolist()}")
 
-# %% One picture
+# %% [markdown]
+# ## One picture
+
+# %%
 figure = plt.figure(figsize=(13, 9.2), layout="constrained")
 top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
 top.suptitle("The highest self-influences, and which training images support or contradict their labels (RelatIF)")

@@ -1,13 +1,17 @@
-"""Scores of one data set by several processes, each with its own devices and its own rows, into one store.
+# %% [markdown]
+"""# Scores of one data set by several processes, each with its own devices and its own rows, into one store.
 
     python examples/processes.py --processes 2
 
-starts two processes on this machine, and stops all if one fails.  On a cluster start the same file with `--worker` on
-every host: JAX finds the others on TPU pods, Slurm and Kubernetes, elsewhere pass `--coordinator host:port`,
-`--processes` and `--process`.
+starts two processes on this machine, and stops all if one fails; so does the notebook, which needs the script beside
+it.  On a cluster start the same file with `--worker` on every host: JAX finds the others on TPU pods, Slurm and
+Kubernetes, elsewhere pass `--coordinator host:port`, `--processes` and `--process`.
 """
 
-# %% What every process does
+# %% [markdown]
+# ## What every process does
+
+# %%
 import argparse
 import os
 import pathlib
@@ -17,6 +21,9 @@ import sys
 import time
 
 import numpy as np
+
+NOTEBOOK = "ipykernel" in sys.modules
+SCRIPT = "processes.py" if NOTEBOOK else __file__
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -72,18 +79,23 @@ def work(arguments: argparse.Namespace) -> None:
         print(f"{same:.0%} of the 5 most helpful examples of each query show the same digit, a tenth of all do")
 
 
-# %% Starting them on one machine
-def launch(arguments: argparse.Namespace, script: str = __file__) -> int:
+# %% [markdown]
+# ## Starting them on one machine
+
+
+# %%
+def launch(arguments: argparse.Namespace, script: str = SCRIPT) -> int:
     """Run the script once per process; when one fails the others are stopped, and its exit code is returned."""
+    count = arguments.processes or 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
     command = [sys.executable, script, "--worker", "--coordinator", coordinator, "--out", str(arguments.out)]
-    command += ["--processes", str(arguments.processes), "--timeout", str(arguments.timeout)]
+    command += ["--processes", str(count), "--timeout", str(arguments.timeout)]
     running = [
         subprocess.Popen([*command, "--process", str(number)], env={**os.environ, "XLA_FLAGS": flags})
-        for number in range(arguments.processes)
+        for number in range(count)
     ]
     while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
         time.sleep(0.1)
@@ -102,15 +114,17 @@ def launch(arguments: argparse.Namespace, script: str = __file__) -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, help="how many processes")
+    parser = argparse.ArgumentParser(
+        description=__doc__.lstrip("# "), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, help="how many processes; here 2 if not given")
     parser.add_argument("--devices", type=int, default=1, help="devices of each process started here (CPU)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scores.zarr"), help="the store")
     parser.add_argument("--timeout", type=float, default=60, help="seconds until a silent process counts as dead")
     parser.add_argument("--worker", action="store_true", help="be one of the processes")
     parser.add_argument("--coordinator", help="address:port of process 0")
     parser.add_argument("--process", type=int, help="which one this is")
-    return parser.parse_args()
+    return parser.parse_args([] if NOTEBOOK else None)
 
 
 # %%
@@ -118,5 +132,5 @@ if __name__ == "__main__":
     arguments = parse()
     if arguments.worker:
         work(arguments)
-    else:
-        sys.exit(launch(arguments))
+    elif code := launch(arguments):
+        sys.exit(code)

@@ -1,20 +1,22 @@
-"""Which training digits made this prediction, and which labels are wrong?
+# %% [markdown]
+"""# Which training digits made this prediction, and which labels are wrong?
 
 Trains a small flax network on scikit-learn's digits with 5 % of the labels flipped, then asks it two questions with
 influence functions: which training images helped and hurt some test predictions, and which labels look wrong.  Runs in
 under a minute on a laptop CPU and saves one picture.
 """
 
-# %% Data: digits, some with a wrong label
+# %% [markdown]
+# ## Data: digits, some with a wrong label
+
+# %%
 import argparse
+import sys
 import time
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -22,11 +24,11 @@ from sklearn.datasets import load_digits
 
 import influence_jax as ij
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--train", type=int, default=1500, help="number of training images (at most 1700)")
 parser.add_argument("--epochs", type=int, default=40)
 parser.add_argument("--picture", default="quickstart.png", help="where to save the picture")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.target))
@@ -41,9 +43,12 @@ labels[flipped] = (labels[flipped] + rng.integers(1, 10, len(flipped))) % 10
 train = ij.Batch(images[: args.train], labels[: args.train])
 test = ij.Batch(images[args.train :], truth[args.train :])
 
-# %% Model: an ordinary flax network, trained with optax
+# %% [markdown]
+# ## Model: an ordinary flax network, trained with optax
+
+# %%
 net = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(10)])
-variables = net.init(jax.random.key(0), train.x[:1])
+variables = jax.jit(net.init)(jax.random.key(0), train.x[:1])
 
 
 def cross_entropy(logits: jax.Array, example: ij.Batch) -> jax.Array:
@@ -80,13 +85,19 @@ seconds = time.perf_counter() - started
 print(f"Trained on {args.train} digits, {len(flipped)} of them with a wrong label, in {seconds:.1f} s.")
 print(f"Test accuracy: {accuracy:.1%}\n")
 
-# %% Influence = objective + parameters + inverse curvature
+# %% [markdown]
+# ## Influence = objective + parameters + inverse curvature
+
+# %%
 started = time.perf_counter()
 curvature = ij.GGN(objective, params, train)
 influence = ij.Influence(objective, params, ij.invert(curvature, ij.Direct(damping=1e-2)))
 print(influence)
 
-# %% Which training images helped, and which hurt, these predictions?
+# %% [markdown]
+# ## Which training images helped, and which hurt, these predictions?
+
+# %%
 # Two that the network gets wrong, if there are any, and two that it gets right.
 wrong, right = np.flatnonzero(predicted != test.y), np.flatnonzero(predicted == test.y)
 chosen = np.concatenate([wrong[:2], right])[:4]
@@ -112,7 +123,10 @@ for row, place in enumerate(chosen):
         for column in columns:
             print(describe(column, scores[row, column]))
 
-# %% Which labels are wrong? Those that a model can only explain by themselves
+# %% [markdown]
+# ## Which labels are wrong? Those that a model can only explain by themselves
+
+# %%
 started = time.perf_counter()
 self_influence = np.asarray(influence.self_influences(train))
 suspects = np.argsort(-self_influence)
@@ -125,7 +139,10 @@ for inspected in (len(flipped), 2 * len(flipped)):
         f"recall {found / len(flipped):.0%} of the {len(flipped)} flipped labels"
     )
 
-# %% One picture of it all
+# %% [markdown]
+# ## One picture of it all
+
+# %%
 figure = plt.figure(figsize=(13, 9.2), layout="constrained")
 top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
 top.suptitle("Test digits, and the training digits that helped them and hurt them most")

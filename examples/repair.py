@@ -1,4 +1,5 @@
-"""Repair a model that was hurt by its data: remove the training images that harm it, and train again.
+# %% [markdown]
+"""# Repair a model that was hurt by its data: remove the training images that harm it, and train again.
 
     python examples/repair.py
 
@@ -9,15 +10,16 @@ accuracies and losses with intervals, and saves one picture: the counterfactuals
 and after.  Takes half a minute on a laptop CPU.
 """
 
-# %% Data: digits, some of them labelled by someone careless; a few checked images; test images
+# %% [markdown]
+# ## Data: digits, some of them labelled by someone careless; a few checked images; test images
+
+# %%
 import argparse
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -25,14 +27,14 @@ from sklearn.datasets import load_digits
 
 import influence_jax as ij
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--train", type=int, default=1000, help="number of training images (at most 1200)")
 parser.add_argument("--checked", type=int, default=150, help="number of images with checked labels")
 parser.add_argument("--seeds", type=int, default=10, help="trainings of each kind")
 parser.add_argument("--hidden", type=int, default=32, help="width of the network")
 parser.add_argument("--damping", type=float, default=1e-2)
 parser.add_argument("--picture", default="repair.png", help="where to save the picture")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.target))
@@ -47,7 +49,11 @@ checked = ij.Batch(images[args.train : args.train + args.checked], truth[args.tr
 test = ij.Batch(images[-400:], truth[-400:])
 
 
-# %% Model: a function of the parameters and ONE image, and its loss
+# %% [markdown]
+# ## Model: a function of the parameters and ONE image, and its loss
+
+
+# %%
 def predict(params, example: ij.Batch) -> jax.Array:
     """Logits of a network with one hidden layer."""
     hidden = jnp.tanh(example.x @ params["first"]["kernel"] + params["first"]["bias"])
@@ -75,13 +81,19 @@ keys = jax.random.split(jax.random.key(0), args.seeds)
 params = fit(np.ones(args.train, bool), keys[0])
 print(f"{args.train} training digits, {wrong.sum()} of them with a wrong label; {args.checked} checked ones.")
 
-# %% How much each training image helps the checked images, and how much the model disagrees with its label
+# %% [markdown]
+# ## How much each training image helps the checked images, and how much the model disagrees with its label
+
+# %%
 inverse = ij.invert(ij.GGN(objective, params, train), ij.Direct(args.damping))
 influence = ij.Influence(objective, params, inverse)
 helps = jnp.mean(influence.influences(checked, train), axis=0)  # (N,), negative: harmful
 loss = jax.vmap(objective, (None, 0))(params, train)
 
-# %% Counterfactuals: train without the most harmful, without the highest losses, without as many at random
+# %% [markdown]
+# ## Counterfactuals: train without the most harmful, without the highest losses, without as many at random
+
+# %%
 began = time.perf_counter()
 counts = [round(share * args.train) for share in (0.05, 0.1, 0.15, 0.2, 0.3)]
 chance = np.random.default_rng(2).random(args.train, np.float32)
@@ -99,7 +111,7 @@ def measure(test: ij.Batch, params) -> dict[str, jax.Array]:
     return {"accuracy": jnp.mean(right), "loss": jnp.mean(jax.vmap(objective, (None, 0))(params, test))}
 
 
-found = ij.retrain.retrain(fit, masks, keys, jax.tree_util.Partial(measure, test), how="each", progress=False)
+found = ij.retrain.retrain(fit, masks, keys, jax.tree_util.Partial(measure, test), how="each")
 nothing, oracle = ({what: values[i] for what, values in found.items()} for i in (0, 1))
 results = {what: values[2:].reshape(len(ways), len(counts), -1) for what, values in found.items()}
 print(f"{found['loss'].size} trainings: {time.perf_counter() - began:.0f} s.\n")
@@ -128,7 +140,10 @@ column = 3
 gain = results["accuracy"][0, column] - results["accuracy"][1, column]  # of the same seeds
 print(f"\nHarm against loss, {counts[column]} removed: {described(gain, '+.1%')} of accuracy.")
 
-# %% One picture
+# %% [markdown]
+# ## One picture
+
+# %%
 repaired = fit(ways["most harmful"][column], keys[0])
 before, after = (jax.vmap(predict, (None, 0))(p, test) for p in (params, repaired))
 eased = jax.vmap(cross_entropy)(before, test) - jax.vmap(cross_entropy)(after, test)

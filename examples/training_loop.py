@@ -1,4 +1,5 @@
-"""Score the training data from inside a training loop, and stop learning from what hurts.
+# %% [markdown]
+"""# Score the training data from inside a training loop, and stop learning from what hurts.
 
 Two in five of scikit-learn's digits get a wrong label.  A flax `TrainState` is trained on them with optax, twice: once
 plainly, and once with a stop every few epochs to ask how much each training image helps the loss of a small held-out
@@ -6,16 +7,17 @@ set, at the current weights; images that have hurt so far sit out until asked ag
 CPU and saves one picture.
 """
 
-# %% Data: digits, many with a wrong label, and a small set that has been checked by hand
+# %% [markdown]
+# ## Data: digits, many with a wrong label, and a small set that has been checked by hand
+
+# %%
 import argparse
+import sys
 import time
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -24,12 +26,12 @@ from sklearn.datasets import load_digits
 
 import influence_jax as ij
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--train", type=int, default=1000, help="number of training images (at most 1400)")
 parser.add_argument("--epochs", type=int, default=40)
 parser.add_argument("--every", type=int, default=5, help="epochs between scorings")
 parser.add_argument("--picture", default="training_loop.png", help="where to save the picture")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.target))
@@ -40,9 +42,12 @@ labels = np.where(wrong, (truth[: args.train] + rng.integers(1, 10, args.train))
 train = ij.Batch(images[: args.train], labels.astype(np.int32))
 held_out, test = ij.Batch(images[-397:-297], truth[-397:-297]), ij.Batch(images[-297:], truth[-297:])
 
-# %% Model and optimiser, as in any flax program
+# %% [markdown]
+# ## Model and optimiser, as in any flax program
+
+# %%
 net = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(10)])
-variables = net.init(jax.random.key(0), train.x[:1])
+variables = jax.jit(net.init)(jax.random.key(0), train.x[:1])
 
 
 def cross_entropy(logits: jax.Array, example: ij.Batch) -> jax.Array:
@@ -64,7 +69,11 @@ def train_step(state: TrainState, data: ij.Batch, weights: jax.Array) -> TrainSt
     return state.apply_gradients(grads=jax.grad(mean_loss)(state.params, data, weights))
 
 
-# %% Influence at the weights of the moment: one jitted function of the TrainState
+# %% [markdown]
+# ## Influence at the weights of the moment: one jitted function of the TrainState
+
+
+# %%
 def held_out_loss(params, data: ij.Batch) -> jax.Array:
     """A measurement can be anything; here a query is a whole data set, so that one solve answers for all of it."""
     return mean_loss(params, data, jnp.ones(len(data)))
@@ -107,7 +116,10 @@ def run(curated: bool) -> list[float]:
     return curve
 
 
-# %% Train twice
+# %% [markdown]
+# ## Train twice
+
+# %%
 started = time.perf_counter()
 print(f"{args.train} training digits, {wrong.sum()} with a wrong label; {len(held_out)} held-out digits.")
 plain = run(curated=False)
@@ -116,7 +128,10 @@ print("Setting aside what hurts:")
 curated = run(curated=True)
 print(f"Curated training: test accuracy {curated[-1]:.1%} ({time.perf_counter() - started:.0f} s for both)")
 
-# %% One picture
+# %% [markdown]
+# ## One picture
+
+# %%
 figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
 epochs = np.arange(1, args.epochs + 1)
 axis.plot(epochs, plain, color="tab:gray", label="all images")

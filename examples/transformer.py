@@ -1,4 +1,5 @@
-"""Which texts put these words into a transformer's mouth, and which of their letters did it?
+# %% [markdown]
+"""# Which texts put these words into a transformer's mouth, and which of their letters did it?
 
 Trains a small decoder-only flax transformer, letter by letter, on the software licences that lie around on any machine
 with Python.  Then asks, with EK-FAC influence functions, where it learned how "THE SOFTWARE IS PROVIDED" goes on: which
@@ -6,7 +7,10 @@ training sequences helped and hurt that completion, and which letters in them.  
 saves one picture.
 """
 
-# %% Data: the licences of Python, of the installed packages and of the system
+# %% [markdown]
+# ## Data: the licences of Python, of the installed packages and of the system
+
+# %%
 import argparse
 import dataclasses
 import importlib.metadata
@@ -19,22 +23,19 @@ import time
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
 import influence_jax as ij
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--sequences", type=int, default=800, help="number of training sequences, at most")
 parser.add_argument("--steps", type=int, default=1200, help="training steps of 16 sequences")
 parser.add_argument("--width", type=int, default=64, help="width of the transformer")
 parser.add_argument("--blocks", type=int, default=2, help="blocks of the transformer")
 parser.add_argument("--picture", default="transformer.png", help="where to save the picture")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
 LENGTH, VOCABULARY = 96, 128  # a token is an ASCII letter
 PROMPT, COMPLETION = "THE SOFTWARE IS PROVIDED", ' "AS IS", WITHOUT WARRANTY OF ANY KIND'
 
@@ -72,7 +73,11 @@ train, query = encode(texts), encode([PROMPT + COMPLETION])
 print(f"{len(texts)} training sequences of {LENGTH} letters from {len(licences)} licences.")
 
 
-# %% Model: a decoder-only transformer in flax, trained with optax
+# %% [markdown]
+# ## Model: a decoder-only transformer in flax, trained with optax
+
+
+# %%
 class Transformer(nn.Module):
     """Tokens `(B, T)` to logits `(B, T, V)`."""
 
@@ -137,7 +142,11 @@ for _ in COMPLETION:
 print(f"It writes:  {written}\nThe query:  {PROMPT + COMPLETION}\n")
 
 
-# %% Influence of the training sequences on the query, through an EK-FAC Fisher matrix
+# %% [markdown]
+# ## Influence of the training sequences on the query, through an EK-FAC Fisher matrix
+
+
+# %%
 def letter_losses(params, example: ij.Batch) -> jax.Array:
     """The loss of each letter of the completion, given all before it."""
     losses = optax.softmax_cross_entropy_with_integer_labels(objective.output(params, example), example.y)
@@ -164,11 +173,17 @@ for title, rows in (("helpful", ranked[:6]), ("harmful", ranked[::-1][:4])):
 alike = np.array(["AS IS" in text for text in texts])
 print(f'"AS IS" is in {alike[ranked[:10]].sum()} of the 10 most helpful sequences, and in {alike.mean():.0%} of all.')
 
-# %% Which letters did it? What the loss of each training letter contributes to the score
+# %% [markdown]
+# ## Which letters did it? What the loss of each training letter contributes to the score
+
+# %%
 chosen = ranked[[0, 1, 2, 3, -1, -2]]
 contributions = influence.token_influences(query, jax.tree.map(lambda x: x[chosen], train))[0]  # (6, T)
 
-# %% One picture
+# %% [markdown]
+# ## One picture
+
+# %%
 figure, axes = plt.subplots(1 + len(chosen), figsize=(13, 5.6), layout="constrained")
 
 

@@ -34,6 +34,11 @@ class Memory:
       outputs: Arrays returned.
       temporary: Whatever is held in between.
       total: All of it and the program's own code, arrays that are passed in and returned in place counted once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> memory(jnp.outer, jnp.ones(1000, jnp.float32), jnp.ones(500, jnp.float32)).arguments
+      6000
     """
 
     arguments: int
@@ -67,7 +72,7 @@ def memory(fn: Callable[..., PyTree], *args: PyTree) -> Memory:
 
     Args:
       fn: Any function that `jax.jit` takes.
-      *args: Trees of arrays or of `jax.ShapeDtypeStruct`s.
+      *args: Trees of arrays or of `jax.ShapeDtypeStruct(shape, dtype)`.
 
     Returns:
       Bytes by kind.  An array that the function does not read is not counted; one that is passed twice counts twice.

@@ -123,7 +123,7 @@ def _dropout_rate(module: Any) -> float:
     return getattr(module, "rate", getattr(module, "dropout_rate", 1.0))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _LinenPredict:
     """`module.apply` on one example, equal for equal modules."""
 
@@ -145,7 +145,7 @@ class _LinenPredict:
         except ValueError:  # attributes that are arrays have no truth value: not known to be equal
             return self.module is other.module and self.keywords is other.keywords
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return type(self.module).__name__
 
     def __call__(self, params: PyTree, example: PyTree, constants: PyTree = None) -> PyTree:
@@ -165,7 +165,7 @@ class _LinenPredict:
         return _on_batch_of_one(apply, get_field(example, self.input, "input"), self.batched)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _NnxPredict:
     """A merged nnx module on one example, equal for equal graph definitions."""
 
@@ -173,7 +173,7 @@ class _NnxPredict:
     input: str | int
     batched: bool
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "nnx module"
 
     def __call__(self, params: PyTree, example: PyTree, constants: PyTree) -> PyTree:

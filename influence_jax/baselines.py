@@ -26,6 +26,8 @@ from .projections import Projection
 from .projections.base import check_projection
 from .solvers.damping import check_number
 
+__all__ = ["cosine", "negative_margin", "over_checkpoints", "relative", "tracin", "trak"]
+
 
 def cosine(influence: Influence, query: PyTree, train: PyTree) -> Array:
     r"""Scores of gradients of unit length, $s_{qi} / \sqrt{s_{qq}\,s_{ii}}$ with lengths measured by P.
@@ -252,6 +254,8 @@ def negative_margin(logits: Array, label: Array) -> Array:
     Example:
       >>> negative_margin(jnp.array([0.0, 40.0]), 1).item()
       -40.0
+
+    Reference: Park et al. 2023, arXiv:2303.14186, section 3.
     """
     own = jnp.arange(logits.shape[-1]) == label
     return jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits)) - logits[label]

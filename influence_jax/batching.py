@@ -21,7 +21,7 @@ from einops import rearrange
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from . import tree
+from . import _reprs, tree
 from ._jaxpr_compat import uses
 from ._mesh import compiled
 from ._pytree import dataclass
@@ -69,7 +69,7 @@ class Batch:
 
 def describe(data: PyTree) -> Any:
     """Shapes and dtypes of the leaves, for messages and reprs."""
-    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", data)
+    return jax.tree.map(_reprs.array, data)
 
 
 def batch_size(batch: PyTree, name: str) -> int:
@@ -79,6 +79,11 @@ def batch_size(batch: PyTree, name: str) -> int:
       TypeError: If a leaf is not an array, e.g. a loader was passed.
       ValueError: If the batch is empty, or its leaves disagree in length.
     """
+    if isinstance(batch, list) and any(isinstance(part, Batch) for part in batch):
+        raise TypeError(
+            f"{name}: got a list of {len(batch)} batches, expected one Batch; concatenate them, or let "
+            "influence_jax.stream read them one by one"
+        )
     leaves = tree.named_leaves(batch)
     if not leaves:
         raise ValueError(f"{name}: got a tree without arrays, expected leaves with a leading example axis")
@@ -146,15 +151,20 @@ def check_finite(values: PyTree, name: str) -> None:
     for path, leaf in tree.named_leaves(values):
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        if isinstance(leaf, np.ndarray):
-            bad = leaf.size - int(np.count_nonzero(np.isfinite(leaf)))
+        if not isinstance(leaf, jax.Array) or _readable_in_place(leaf):
+            bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf))))
         else:
             with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is counted now
-                bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
+                bad = int(jnp.sum(~jnp.isfinite(leaf)))
         if bad:
             raise ValueError(
                 f"{name}: leaf '{path}' holds {bad} entries that are NaN or infinite, expected finite numbers"
             )
+
+
+def _readable_in_place(leaf: Array) -> bool:
+    """Whether numpy reads it without a copy, which spares compiling a program for every shape."""
+    return len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu" and leaf.is_fully_addressable
 
 
 def _is_number(dtype: np.dtype) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from . import tree
+from . import _reprs, tree
 from ._pytree import dataclass, static
 from ._typing import Array, PyTree
 
@@ -24,6 +24,12 @@ Blocks: TypeAlias = Callable[[str], str] | Mapping[str, Sequence[str]]
 
 def full(name: str) -> str:
     """All parameters in one block, called `""`.
+
+    Args:
+      name: Slash-separated name of a leaf, e.g. `"encoder/dense/kernel"`.
+
+    Returns:
+      The name of its block.
 
     Example:
       >>> full("encoder/dense/kernel")
@@ -35,6 +41,12 @@ def full(name: str) -> str:
 def by_layer(name: str) -> str:
     """A block per layer: the path of a leaf without its last part; a leaf at the root is a block of its own.
 
+    Args:
+      name: Slash-separated name of a leaf, e.g. `"encoder/dense/kernel"`.
+
+    Returns:
+      The name of its block.
+
     Example:
       >>> by_layer("encoder/dense/kernel"), by_layer("scale")
       ('encoder/dense', 'scale')
@@ -45,6 +57,12 @@ def by_layer(name: str) -> str:
 def by_parameter(name: str) -> str:
     """A block per parameter leaf.
 
+    Args:
+      name: Slash-separated name of a leaf, e.g. `"encoder/dense/kernel"`.
+
+    Returns:
+      The name of its block.
+
     Example:
       >>> by_parameter("encoder/dense/kernel")
       'encoder/dense/kernel'
@@ -52,7 +70,7 @@ def by_parameter(name: str) -> str:
     return name
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Prefixes:
     """A partition by prefixes, hashable: what a dict of prefixes becomes."""
 
@@ -77,6 +95,9 @@ class Prefixes:
             raise ValueError(
                 f"blocks: every leaf has to be in exactly one block, but these are in none or several: {wrong}"
             )
+
+    def __repr__(self) -> str:
+        return _reprs.call(self, _reprs.some([name for name, _ in self.items]))
 
 
 def _is_below(name: str, prefix: str) -> bool:

@@ -59,6 +59,8 @@ def score_bounds(
       >>> scores, bounds, info = ij.score_bounds(ij.Influence(f, params, inverse), data, data)
       >>> scores.tolist(), bool((bounds < 1e-5).all())
       ([[1.0, 0.0], [0.0, 1.0]], True)
+
+    Reference: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 7.1.
     """
     if not isinstance(influence, Influence):
         raise TypeError(f"influence: got a {type(influence).__name__}, expected an Influence")

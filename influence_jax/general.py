@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import tree
-from ._progress import track
+from . import _reprs, tree
+from ._progress import closing_bars, track
 from ._typing import Array, Key, LossFunction, PyTree
 from .curvature import Hessian, Identity, LinearOperator
-from .influence import Influence, InfluenceMode, _factors, as_mode
+from .influence import Influence, _factors
 from .objective import LossOnly, Objective
+from .scoring import InfluenceMode, as_mode
 from .solvers import Arnoldi, BlockCG, Direct, Info, LiSSA, Solver, invert, report
 from .solvers.base import check_solver
 from .solvers.damping import check_number
@@ -32,7 +33,13 @@ DEFAULT_RANK = 10
 
 
 class InversionMethod(enum.StrEnum):
-    """Which solver inverts the curvature, by name; a solver itself may be given instead."""
+    """Which solver inverts the curvature, by name; a solver itself may be given instead.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> [str(method) for method in ij.InversionMethod]
+      ['direct', 'cg', 'lissa', 'arnoldi']
+    """
 
     Direct = "direct"
     Cg = "cg"
@@ -41,12 +48,28 @@ class InversionMethod(enum.StrEnum):
 
 
 class InverseHvpResult(NamedTuple):
-    """Influence factors, leaves `(Q, *leaf)`, and how their solves went."""
+    """Influence factors, leaves `(Q, *leaf)`, and how their solves went.
+
+    Attributes:
+      x: The factors, leaves `(Q, *leaf)`.
+      info: How each solve went, leaves `(Q,)`.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> data, query = jnp.array([1.0, 3.0]), jnp.array([1.0])
+      >>> ij.compute_influence_factors(f, {"w": jnp.array(1.0)}, data, query, "direct")
+      InverseHvpResult(1 factor, Info(1 of 1 converged, steps 0, min_curvature 5))
+    """
 
     x: PyTree
     info: Info
 
+    def __repr__(self) -> str:
+        return _reprs.call(self, _reprs.rows(self.x, "factor"), repr(self.info))
 
+
+@closing_bars()
 def compute_influence_factors(
     objective: Loss,
     params: PyTree,
@@ -57,7 +80,7 @@ def compute_influence_factors(
     hessian_perturbation: float = 0.0,
     curvature: Callable[[Any, PyTree, PyTree], LinearOperator] = Hessian,
     key: Key | None = None,
-    progress: bool = False,
+    progress: bool = True,
     throw: bool = False,
 ) -> InverseHvpResult:
     r"""Factors $(C + \lambda I)^{-1} \nabla\ell_q$ for every test example.
@@ -86,8 +109,10 @@ def compute_influence_factors(
       >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
       >>> data = jnp.array([1.0, 3.0])
       >>> result = ij.compute_influence_factors(f, {"w": jnp.array(1.0)}, data, data, ij.InversionMethod.Direct)
-      >>> result.x["w"].round(2).tolist()
+      >>> [round(x, 2) for x in result.x["w"].tolist()]
       [0.2, 1.8]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, eq. 2.
     """
     solver = as_solver(inversion_method, hessian_perturbation, params, "hessian_perturbation")
     if not callable(curvature):
@@ -96,7 +121,7 @@ def compute_influence_factors(
     inverse = invert(op, solver, key=key)
     influence = Influence(objective, params, inverse)
     results = []
-    for query in track(batches(test_data, "test_data"), "test batches", count_batches(test_data), show=progress):
+    for query in track(batches(test_data, "test_data"), "factors", count_batches(test_data), show=progress):
         factors, info = _factors(influence, query)
         report(info, inverse, throw)
         results.append((factors, info))
@@ -106,7 +131,7 @@ def compute_influence_factors(
 
 
 def compute_influences_up(
-    objective: Loss, params: PyTree, input_data: Any, influence_factors: PyTree, *, progress: bool = False
+    objective: Loss, params: PyTree, input_data: Any, influence_factors: PyTree, *, progress: bool = True
 ) -> Array:
     r"""Influence of up-weighting every input example, $\langle x_q, \nabla\ell_i\rangle$.
 
@@ -122,6 +147,15 @@ def compute_influences_up(
 
     Raises:
       TypeError, ValueError: If an argument is not of that form.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
+      >>> data, factors = jnp.array([1.0, 3.0]), {"w": jnp.array([0.5])}
+      >>> ij.compute_influences_up(f, {"w": jnp.array(1.0)}, data, factors).tolist()
+      [[0.5, 4.5]]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, eq. 2, with the opposite sign.
     """
     return _from_factors(objective, params, input_data, influence_factors, InfluenceMode.Up, "x", progress)
 
@@ -133,9 +167,11 @@ def compute_influences_pert(
     influence_factors: PyTree,
     *,
     wrt: str | int = "x",
-    progress: bool = False,
+    progress: bool = True,
 ) -> PyTree:
     r"""Influence of perturbing every input example, $\partial_{x_i}\langle x_q, \nabla\ell_i\rangle$.
+
+    To first order in a change of the input; positive: more of that input helps the test example.
 
     Args:
       objective: Loss of one example.
@@ -150,6 +186,15 @@ def compute_influences_pert(
 
     Raises:
       TypeError, ValueError: If an argument is not of that form.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["w"] * z["x"]) ** 2
+      >>> data = {"x": jnp.array([1.0, 2.0])}
+      >>> ij.compute_influences_pert(f, {"w": jnp.array(3.0)}, data, {"w": jnp.array([1.0])}).tolist()
+      [[6.0, 12.0]]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, eq. 5, with the opposite sign.
     """
     return _from_factors(objective, params, input_data, influence_factors, InfluenceMode.Perturbation, wrt, progress)
 
@@ -167,10 +212,12 @@ def compute_influences(
     curvature: Callable[[Any, PyTree, PyTree], LinearOperator] = Hessian,
     wrt: str | int = "x",
     key: Key | None = None,
-    progress: bool = False,
+    progress: bool = True,
     throw: bool = False,
 ) -> PyTree:
     r"""Influence of every input example on every test example, in one call.
+
+    $\nabla\ell_q^\top (C + \lambda I)^{-1} \nabla\ell_i$, or its derivative in $x_i$.
 
     Args:
       objective: Loss of one example.
@@ -197,8 +244,11 @@ def compute_influences(
     Example:
       >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
-      >>> ij.compute_influences(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0])).round(2).tolist()
+      >>> scores = ij.compute_influences(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0]))
+      >>> [[round(x, 2) for x in row] for row in scores.tolist()]
       [[0.2, 1.8], [1.8, 16.2]]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, eq. 2 and 5, with the opposite sign.
     """
     influence_type = as_mode(influence_type)
     as_solver(inversion_method, hessian_regularization, params)
@@ -246,6 +296,7 @@ def as_solver(
     return method
 
 
+@closing_bars()
 def _from_factors(
     objective: Loss,
     params: PyTree,
@@ -259,7 +310,7 @@ def _from_factors(
     influence = Influence(objective, params, Identity(params))
     parts = [
         influence.influences_from_factors(factors, batch, mode, wrt=wrt)
-        for batch in track(batches(input_data, "input_data"), "input batches", count_batches(input_data), show=progress)
+        for batch in track(batches(input_data, "input_data"), "influences", count_batches(input_data), show=progress)
     ]
     if not parts:
         raise ValueError("input_data: is empty, expected at least one batch")

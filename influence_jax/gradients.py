@@ -45,6 +45,8 @@ def per_example_grads(
       >>> data = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 1.0])}
       >>> ij.per_example_grads(f, {"w": jnp.array(1.0)}, data)["w"].tolist()
       [1.0, 2.0]
+
+    Reference: Griewank & Walther 2008, Evaluating Derivatives, chapter 3.
     """
     check_chunk(chunk)
     return _per_example_grads(as_objective(objective), tree.check_params(params), as_batch(batch, "batch"), chunk)
@@ -83,6 +85,8 @@ def jacobian_product(
       >>> data = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([0.0, 1.0])}
       >>> ij.jacobian_product(f, {"w": jnp.array(1.0)}, data, {"w": jnp.array([1.0, 10.0])}).tolist()
       [[1.0, 10.0], [2.0, 20.0]]
+
+    Reference: Griewank & Walther 2008, Evaluating Derivatives, chapter 3.
     """
     check_chunk(chunk)
     check_chunk(rhs_chunk, "rhs_chunk")
@@ -121,6 +125,8 @@ def mixed_grads(
       >>> f = lambda params, z: 0.5 * (params["w"] * z["x"]) ** 2
       >>> ij.mixed_grads(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])})["w"].tolist()
       [6.0, 12.0]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, eq. 5; Griewank & Walther 2008, Evaluating Derivatives, chapter 5.
     """
     check_chunk(chunk)
     batch = as_batch(batch, "batch")
@@ -160,6 +166,8 @@ def mixed_product(
       >>> f = lambda params, z: 0.5 * (params["w"] * z["x"]) ** 2
       >>> ij.mixed_product(f, {"w": jnp.array(3.0)}, {"x": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.0])}).tolist()
       [[6.0], [12.0]]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, eq. 5; Griewank & Walther 2008, Evaluating Derivatives, chapter 5.
     """
     check_chunk(chunk)
     check_chunk(rhs_chunk, "rhs_chunk")

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import overload
 
-from . import tree
+from . import _reprs, tree
 from ._memory import explain_memory_errors
 from ._mesh import compiled
 from ._pytree import dataclass, set_field, static
@@ -24,8 +25,10 @@ from .curvature.outputs import require_split
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
 from .scoring import (
-    InfluenceMode as InfluenceMode,
+    InfluenceMode,
+    Mode,
     TopK,
+    UpMode,
     as_mode,
     by_position,
     check_positions,
@@ -67,7 +70,7 @@ class Influence:
       >>> objective = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
       >>> params, data = {"w": jnp.array(1.0)}, {"x": jnp.array([1.0, 2.0]), "y": jnp.array([2.0, 1.0])}
       >>> influence = ij.Influence(objective, params, ij.invert(ij.GGN(objective, params, data), ij.Direct()))
-      >>> influence.influences(data, data).round(2).tolist()
+      >>> [[round(x, 2) for x in row] for row in influence.influences(data, data).tolist()]
       [[0.4, -0.8], [-0.8, 1.6]]
 
     Reference: Koh & Liang 2017, arXiv:1703.04730, eq. 2 and 5, with the opposite sign.
@@ -100,9 +103,11 @@ class Influence:
         """What is asked of a query: the measurement if there is one, else the objective."""
         return as_objective(self.objective if self.measurement is None else self.measurement)
 
-    def influences(
-        self, query: PyTree, train: PyTree, mode: str | InfluenceMode = "up", *, wrt: str | int = "x"
-    ) -> PyTree:
+    @overload
+    def influences(self, query: PyTree, train: PyTree, mode: UpMode = "up", *, wrt: str | int = "x") -> Array: ...
+    @overload
+    def influences(self, query: PyTree, train: PyTree, mode: Mode, *, wrt: str | int = "x") -> PyTree: ...
+    def influences(self, query: PyTree, train: PyTree, mode: Mode = "up", *, wrt: str | int = "x") -> PyTree:
         r"""Influence of every training example on every query.
 
         Args:
@@ -145,14 +150,22 @@ class Influence:
         return factors
 
     def solved(self, query: PyTree) -> tuple[PyTree, Info | None]:
-        """`influence_factors`, and how the solves went instead of warnings."""
+        """`influence_factors` of `query`, and how the solves went instead of warnings."""
         if not self.inverse.on_host:
             return _factors(self, query)
         losses = dataclasses.replace(self, inverse=Identity(self.params))
         return solve_with_info(self.inverse, _query_grads(losses, query))
 
+    @overload
     def influences_from_factors(
-        self, factors: PyTree, train: PyTree, mode: str | InfluenceMode = "up", *, wrt: str | int = "x"
+        self, factors: PyTree, train: PyTree, mode: UpMode = "up", *, wrt: str | int = "x"
+    ) -> Array: ...
+    @overload
+    def influences_from_factors(
+        self, factors: PyTree, train: PyTree, mode: Mode, *, wrt: str | int = "x"
+    ) -> PyTree: ...
+    def influences_from_factors(
+        self, factors: PyTree, train: PyTree, mode: Mode = "up", *, wrt: str | int = "x"
     ) -> PyTree:
         """Influence of every training example from factors; as `influences`, without the solves.
 
@@ -179,8 +192,7 @@ class Influence:
         return self._perturbed(factors, train, wrt)
 
     def _perturbed(self, factors: PyTree, train: PyTree, wrt: str | int) -> PyTree:
-        objective = as_objective(self.objective)
-        return perturbed(objective, self.params, factors, train, wrt, self.chunk, self.rhs_chunk)
+        return perturbed(as_objective(self.objective), self.params, factors, train, wrt, self.chunk, self.rhs_chunk)
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -232,12 +244,7 @@ class Influence:
         return OrderedDict((name, select(factors, block)) for name, block in groups.items())
 
     def influences_from_factors_by_block(
-        self,
-        factors: Mapping[str, PyTree],
-        train: PyTree,
-        mode: str | InfluenceMode = "up",
-        *,
-        wrt: str | int = "x",
+        self, factors: Mapping[str, PyTree], train: PyTree, mode: Mode = "up", *, wrt: str | int = "x"
     ) -> OrderedDict[str, PyTree]:
         """Each block's summand of the influence, from factors by block.
 
@@ -261,13 +268,7 @@ class Influence:
         )
 
     def influences_by_block(
-        self,
-        query: PyTree,
-        train: PyTree,
-        mode: str | InfluenceMode = "up",
-        *,
-        wrt: str | int = "x",
-        blocks: Blocks | None = None,
+        self, query: PyTree, train: PyTree, mode: Mode = "up", *, wrt: str | int = "x", blocks: Blocks | None = None
     ) -> OrderedDict[str, PyTree]:
         r"""Each block's summand of the influence, $(P\,\nabla f_q)_b^\top\, (\nabla\ell_i)_b$; they sum to the total.
 
@@ -286,8 +287,7 @@ class Influence:
         """
         mode = as_mode(mode)
         if blocks is None:
-            parts = ((name, self.block(name).influences(query, train, mode, wrt=wrt)) for name in self.block_names)
-            return OrderedDict(parts)
+            return OrderedDict((n, self.block(n).influences(query, train, mode, wrt=wrt)) for n in self.block_names)
         factors = self.influence_factors_by_block(query, blocks=blocks)
         return self.influences_from_factors_by_block(factors, train, mode, wrt=wrt)
 
@@ -352,8 +352,8 @@ class Influence:
         return top_k(objective, self.params, factors, train, int(k), self.chunk, self.rhs_chunk)
 
     def __repr__(self) -> str:
-        asked = "" if self.measurement is None else f", measurement={self.measurement!r}"
-        return f"Influence({self.objective!r}, {self.inverse!r}{asked})"
+        asked = "" if self.measurement is None else f"measurement={self.measurement!r}"
+        return _reprs.call(self, repr(self.objective), repr(self.inverse), asked)
 
 
 @compiled

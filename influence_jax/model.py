@@ -6,25 +6,35 @@ import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 
-from . import tree
+from . import _reprs, tree
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, Key, LossFunction, PyTree
+from ._words import name_of
 from .batching import Batch, as_batch, check_finite
 from .blocks import Blocks, as_blocks, full
 from .curvature import GGN, LinearOperator
-from .influence import Influence, InfluenceMode
+from .influence import Influence
 from .objective import LossOnly, Objective, as_objective
-from .scoring import TopK
+from .scoring import Mode, TopK, UpMode
 from .solvers import BlockCG, Blockwise, Solver, invert
 from .solvers.base import check_solver
 
 
 class NotFittedError(ValueError):
-    """A model was asked for influences before it was fitted."""
+    """A model was asked for influences before it was fitted.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> import jax.numpy as jnp
+      >>> ij.InfluenceFunctionModel(lambda params, z: params["w"] * z, {"w": jnp.array(1.0)}).influence
+      Traceback (most recent call last):
+      ...
+      influence_jax.model.NotFittedError: ...
+    """
 
 
 @dataclass
@@ -54,7 +64,7 @@ class InfluenceFunctionModel:
       >>> objective = ij.Objective(lambda p, z: p["w"] * z.x, lambda out, z: 0.5 * (out - z.y) ** 2)
       >>> data = ij.Batch(jnp.array([1.0, 2.0]), jnp.array([2.0, 1.0]))
       >>> model = ij.InfluenceFunctionModel(objective, {"w": jnp.array(1.0)}, solver=ij.Direct(0.0))
-      >>> model.fit(data).influences(data).round(2).tolist()
+      >>> [[round(x, 2) for x in row] for row in model.fit(data).influences(data).tolist()]
       [[0.4, -0.8], [-0.8, 1.6]]
     """
 
@@ -141,13 +151,16 @@ class InfluenceFunctionModel:
         """Names of the blocks, in leaf order."""
         return self.influence.block_names
 
+    @overload
     def influences(
-        self,
-        query: PyTree,
-        train: PyTree | None = None,
-        mode: str | InfluenceMode = "up",
-        *,
-        wrt: str | int = "x",
+        self, query: PyTree, train: PyTree | None = None, mode: UpMode = "up", *, wrt: str | int = "x"
+    ) -> Array: ...
+    @overload
+    def influences(
+        self, query: PyTree, train: PyTree | None = None, mode: Mode = ..., *, wrt: str | int = "x"
+    ) -> PyTree: ...
+    def influences(
+        self, query: PyTree, train: PyTree | None = None, mode: Mode = "up", *, wrt: str | int = "x"
     ) -> PyTree:
         """As `Influence.influences`; `train=None` means the queries themselves."""
         return self.influence.influences(*_sides(query, train), mode, wrt=wrt)
@@ -156,8 +169,16 @@ class InfluenceFunctionModel:
         """As `Influence.influence_factors`."""
         return self.influence.influence_factors(_labelled(query, "query"))
 
+    @overload
     def influences_from_factors(
-        self, factors: PyTree, train: PyTree, mode: str | InfluenceMode = "up", *, wrt: str | int = "x"
+        self, factors: PyTree, train: PyTree, mode: UpMode = "up", *, wrt: str | int = "x"
+    ) -> Array: ...
+    @overload
+    def influences_from_factors(
+        self, factors: PyTree, train: PyTree, mode: Mode, *, wrt: str | int = "x"
+    ) -> PyTree: ...
+    def influences_from_factors(
+        self, factors: PyTree, train: PyTree, mode: Mode = "up", *, wrt: str | int = "x"
     ) -> PyTree:
         """As `Influence.influences_from_factors`."""
         return self.influence.influences_from_factors(factors, _labelled(train, "train"), mode, wrt=wrt)
@@ -166,7 +187,7 @@ class InfluenceFunctionModel:
         self,
         query: PyTree,
         train: PyTree | None = None,
-        mode: str | InfluenceMode = "up",
+        mode: Mode = "up",
         *,
         wrt: str | int = "x",
         blocks: Blocks | None = None,
@@ -179,12 +200,7 @@ class InfluenceFunctionModel:
         return self.influence.influence_factors_by_block(_labelled(query, "query"), blocks=blocks)
 
     def influences_from_factors_by_block(
-        self,
-        factors: Mapping[str, PyTree],
-        train: PyTree,
-        mode: str | InfluenceMode = "up",
-        *,
-        wrt: str | int = "x",
+        self, factors: Mapping[str, PyTree], train: PyTree, mode: Mode = "up", *, wrt: str | int = "x"
     ) -> OrderedDict[str, PyTree]:
         """As `Influence.influences_from_factors_by_block`."""
         return self.influence.influences_from_factors_by_block(factors, _labelled(train, "train"), mode, wrt=wrt)
@@ -198,8 +214,11 @@ class InfluenceFunctionModel:
         return self.influence.top_k(_labelled(query, "query"), _labelled(train, "train"), k)
 
     def __repr__(self) -> str:
-        state = repr(self.influence) if self.is_fitted else f"{self.solver!r}, not fitted"
-        return f"InfluenceFunctionModel({state})"
+        if self.is_fitted:
+            return _reprs.call(self, repr(self.influence))
+        curvature = f"{name_of(self.curvature)} of {_reprs.parameters(self.params)}"
+        blocks = "" if self.blocks is full else f"blocks={name_of(self.blocks)}"
+        return _reprs.call(self, curvature, repr(self.solver), blocks, "not fitted")
 
 
 def _sides(query: PyTree, train: PyTree | None) -> tuple[PyTree, PyTree]:
@@ -218,10 +237,4 @@ def _labelled(batch: PyTree, name: str) -> PyTree:
 def _check_loss(objective: Objective | LossOnly, params: PyTree, data: PyTree) -> None:
     """Try the objective on the shapes of one example, before anything long begins."""
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
-    try:
-        jax.eval_shape(objective, tree.shapes(params), example)
-    except Exception as error:
-        shapes = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.named_leaves(example)}
-        raise ValueError(
-            f"data: the objective fails on one example, whose parts are {shapes}: {type(error).__name__}: {error}"
-        ) from error
+    jax.eval_shape(objective, tree.shapes(params), example)

@@ -10,10 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import tree
+from . import _reprs, tree
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, Key, PyTree
+from ._words import ask, name_of
 from .blocks import Block, Frozen, freeze_rest, whole
+
+ONE_EXAMPLE = "it is given ONE example, without a batch axis, and params as they were passed to the library"
 
 
 @dataclass
@@ -64,29 +67,37 @@ class Objective:
         set_field(self, "constants", jax.tree.map(jnp.asarray, self.constants))
 
     def output(self, params: PyTree, example: PyTree) -> PyTree:
-        """The model's output for one example."""
-        params = whole(params, self.frozen)
-        if self.constants is None:
-            return self.predict(params, example)
-        return self.predict(params, example, self.constants)
+        """The model's output for one example at `params`."""
+        given = {"params": whole(params, self.frozen), "example": example}
+        if self.constants is not None:
+            given["constants"] = self.constants
+        return ask("predict", self.predict, given, ONE_EXAMPLE)
 
     def cost(self, output: PyTree, example: PyTree) -> Array:
-        """The loss of one output, checked to be a scalar."""
-        return _scalar(self.loss(output, example), self.loss)
+        """The loss of one `output` on its `example`, checked to be a scalar."""
+        hint = "it is given what predict returned, and ONE example without a batch axis"
+        return _scalar(ask("loss", self.loss, {"output": output, "example": example}, hint), self.loss)
 
     def __call__(self, params: PyTree, example: PyTree) -> Array:
         """The loss of one example."""
         return self.cost(self.output(params, example), example)
 
     def __repr__(self) -> str:
-        constants = "" if self.constants is None else f", constants with {tree.size(self.constants)} entries"
-        return f"Objective({_name(self.predict)}, {_name(self.loss)}{constants})"
+        constants = "" if self.constants is None else f"constants with {_reprs.entries(self.constants)}"
+        return _reprs.call(self, name_of(self.predict), name_of(self.loss), constants)
 
 
 def softmax_sample(key: Key, logits: Array) -> Array:
     r"""The gradient of cross-entropy in the logits at a label drawn from the model, $p - e_{\hat y}$.
 
     For `Objective(..., sample=softmax_sample)`; logits `(..., C)`, a label per position.
+
+    Args:
+      key: Random key.
+      logits: `(..., C)`, a label per position.
+
+    Returns:
+      `(..., C)`.
 
     Example:
       >>> softmax_sample(jax.random.key(0), jnp.array([-jnp.inf, 0.0])).tolist()
@@ -105,10 +116,11 @@ class LossOnly:
 
     def __call__(self, params: PyTree, example: PyTree) -> Array:
         """The loss of one example."""
-        return _scalar(self.fn(whole(params, self.frozen), example), self.fn)
+        given = {"params": whole(params, self.frozen), "example": example}
+        return _scalar(ask("objective", self.fn, given, ONE_EXAMPLE), self.fn)
 
     def __repr__(self) -> str:
-        return f"LossOnly({_name(self.fn)})"
+        return _reprs.call(self, name_of(self.fn))
 
 
 def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnly:
@@ -122,6 +134,11 @@ def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnl
     if not callable(objective):
         raise TypeError(
             f"{name}: got a {type(objective).__name__}, expected an Objective or f(params, example) -> scalar"
+        )
+    if any(base.__module__.startswith("flax.") for base in type(objective).__mro__):
+        raise TypeError(
+            f"{name}: got a flax module, {type(objective).__name__}, expected an Objective or f(params, example) -> "
+            "scalar; influence_jax.from_linen(module, variables, loss) and from_nnx(module, loss) make one of it"
         )
     check_hashable(objective, name)
     return LossOnly(objective)
@@ -162,25 +179,23 @@ def check_hashable(fn: Callable, name: str) -> None:
         hash(fn)
     except TypeError as error:
         raise TypeError(
-            f"{name}: {_name(fn)} cannot be hashed ({error}), but it is a static part of the program; pass a function "
+            f"{name}: {name_of(fn)} cannot be hashed ({error}), but is a static part of the program; pass a function "
             "or a frozen dataclass with __call__, and put arrays into constants"
         ) from None
 
 
 def _scalar(value: Any, fn: Callable) -> Array:
+    if not isinstance(value, int | float) and not hasattr(value, "dtype"):
+        raise TypeError(f"loss: {name_of(fn)} returned a {type(value).__name__} for one example, expected a scalar")
     value = jnp.asarray(value)
     if value.shape != ():
         raise ValueError(
-            f"loss: {_name(fn)} returned shape {value.shape} for one example, expected a scalar; reduce it over "
+            f"loss: {name_of(fn)} returned shape {value.shape} for one example, expected a scalar; reduce it over "
             "outputs (mean or sum), and do not include a batch axis: examples are vmapped"
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"loss: {_name(fn)} returned {value.dtype}, expected a real floating number")
+        raise TypeError(f"loss: {name_of(fn)} returned {value.dtype}, expected a real floating number")
     return value
-
-
-def _name(fn: Any) -> str:
-    return getattr(fn, "__qualname__", None) or str(fn)
 
 
 def get_field(example: PyTree, name: str | int, argument: str) -> PyTree:

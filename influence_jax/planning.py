@@ -10,11 +10,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from ._footprint import Memory as Memory, Programs, memory as memory, with_chunks
+from ._footprint import Memory, Programs, memory, with_chunks
 from ._memory import readable
 from ._typing import PyTree
 from .batching import check_positive
 from .influence import Influence
+
+__all__ = ["Memory", "Plan", "as_bytes", "memory", "plan"]
 
 # Where fewer examples at once than this would fit, the training data are read in blocks instead.
 FEW = 16
@@ -39,6 +41,14 @@ class Plan:
       budget: What was allowed.
       method: What was planned.
       parts: Of its programs, in the order they run: what each takes, with all arrays that are held meanwhile.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import influence_jax as ij
+      >>> params = {"w": jnp.ones(2)}
+      >>> influence = ij.Influence(lambda params, z: params["w"] @ z, params, ij.Identity(params))
+      >>> Plan(64, 4, 1000, 2**20, 2**21, "influences", {}).apply(influence).chunk
+      64
     """
 
     chunk: int
@@ -133,6 +143,12 @@ def plan(
 
 def as_bytes(budget: int | str) -> int:
     """Bytes from a number of them or a string such as `"2 GiB"`.
+
+    Args:
+      budget: A positive integer, or a string of a number and a unit.
+
+    Returns:
+      An integer.
 
     Raises:
       TypeError: If it is neither.

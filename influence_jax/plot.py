@@ -32,11 +32,22 @@ from ._drawing import (
     positive,
     real,
 )
-from ._gallery import images as images, texts as texts
+from ._gallery import images, texts
 from ._typing import Array
 from .batching import check_positive
 from .curvature import Spectrum
 from .metrics import correlation
+
+__all__ = [
+    "damping_sweep",
+    "discovery_curve",
+    "images",
+    "lds_bars",
+    "predicted_against_actual",
+    "score_histogram",
+    "spectrum",
+    "texts",
+]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

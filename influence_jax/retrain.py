@@ -28,17 +28,21 @@ from ._typing import Array, Key, PyTree
 from .batching import check_key, check_positive
 from .store.outcomes import OutcomeStore
 from .stream.tables import check_sink
-from .training import Training as Training, training as training
+from .training import Training, training
+
+__all__ = ["Training", "leave_k_out", "leave_one_out", "retrain", "subsets", "training"]
 
 _LOG = logging.getLogger(__name__)
 _KNOBS = 'how="each" or "map", of which one training is in memory at a time, or fewer runs at once (group=)'
 
 
 def subsets(n: int, fraction: float, count: int, key: Key) -> np.ndarray:
-    """Random subsets of equal size, for the linear datamodelling score.
+    r"""Random subsets of equal size, for the linear datamodelling score.
 
     Subset i depends on the key, i and the sizes alone, so asking for more later keeps those of before.  With the same
     key larger subsets hold the smaller ones: use another key for another fraction, unless that is wanted.
+
+    $m_s \in \{0, 1\}^N$, uniform among those with $\sum_i m_{si} = \mathrm{round}(\alpha N)$.
 
     Args:
       n: How many examples there are.
@@ -56,6 +60,8 @@ def subsets(n: int, fraction: float, count: int, key: Key) -> np.ndarray:
       >>> masks = subsets(6, 0.5, 4, jax.random.key(0))
       >>> masks.shape, masks.sum(axis=1).tolist()
       ((4, 6), [3, 3, 3, 3])
+
+    Reference: Ilyas et al. 2022, arXiv:2202.00622, section 2.
     """
     check_positive(n, "n")
     if isinstance(fraction, bool) or not isinstance(fraction, float | int | np.number):
@@ -66,7 +72,9 @@ def subsets(n: int, fraction: float, count: int, key: Key) -> np.ndarray:
 
 
 def leave_k_out(n: int, k: int, count: int, key: Key) -> np.ndarray:
-    """Random masks that leave out k examples each; as with `subsets`, asking for more later keeps those of before.
+    r"""Random masks that leave out k examples each; as with `subsets`, asking for more later keeps those of before.
+
+    $m_s \in \{0, 1\}^N$, uniform among those with $\sum_i m_{si} = N - k$.
 
     Args:
       n: How many examples there are.
@@ -83,6 +91,8 @@ def leave_k_out(n: int, k: int, count: int, key: Key) -> np.ndarray:
     Example:
       >>> (~leave_k_out(6, 2, 3, jax.random.key(0))).sum(axis=1).tolist()
       [2, 2, 2]
+
+    Reference: Koh et al. 2019, arXiv:1905.13289.
     """
     check_positive(n, "n")
     check_positive(k, "k")
@@ -92,7 +102,9 @@ def leave_k_out(n: int, k: int, count: int, key: Key) -> np.ndarray:
 
 
 def leave_one_out(n: int, indices: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-    """Masks that leave out one example each.
+    r"""Masks that leave out one example each.
+
+    $m_{si} = 1 - \delta_{i, i_s}$.
 
     Args:
       n: How many examples there are.
@@ -107,6 +119,8 @@ def leave_one_out(n: int, indices: Sequence[int] | np.ndarray | None = None) -> 
     Example:
       >>> leave_one_out(3).astype(int).tolist()
       [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, section 4.1.
     """
     check_positive(n, "n")
     if n == 1:
@@ -205,7 +219,7 @@ def _run_all(runs: Runs, how: str, table: Table, throw: bool, advance: Any) -> N
         timing = not chosen and number < len(tried)
         way = tried[number] if number < len(tried) else chosen
         if not timing and table.has(number):
-            advance(runs.size(number), "retraining")
+            advance(runs.size(number), "")
             continue
         if timing:
             runs.compile(way)
@@ -216,7 +230,7 @@ def _run_all(runs: Runs, how: str, table: Table, throw: bool, advance: Any) -> N
             _check_outcomes(values, runs, number * runs.group, throw)
         table.put(number, values)
         done += runs.size(number)
-        advance(runs.size(number), f"retraining ({way}, {_per_minute(done, time.perf_counter() - begun)})")
+        advance(runs.size(number), f"{way}, {_per_minute(done, time.perf_counter() - begun)}")
         if timing and len(seconds) == len(tried):
             chosen = min(seconds, key=lambda way: seconds[way])
             table.choose(chosen)

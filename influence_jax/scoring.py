@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import enum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import tree
+from . import _reprs, tree
 from ._mesh import compiled
 from ._typing import Array, PyTree
 from .batching import chunk_for, chunk_in_cache, map_chunks, map_over, map_rows, scan_chunks
@@ -24,22 +24,42 @@ DIRECTIONAL = 2
 
 
 class InfluenceMode(enum.StrEnum):
-    """What is done to a training example: weighted up, or its input perturbed."""
+    """What is done to a training example: weighted up, or its input perturbed.
+
+    Example:
+      >>> InfluenceMode("up") is InfluenceMode.Up, str(InfluenceMode.Perturbation)
+      (True, 'perturbation')
+    """
 
     Up = "up"
     Perturbation = "perturbation"
 
 
+Mode: TypeAlias = str | InfluenceMode
+UpMode: TypeAlias = Literal["up", InfluenceMode.Up]
+
+
 class TopK(NamedTuple):
-    """The most influential training examples of each query.
+    """The most helpful training examples of each query.
+
+    A positive score means that training on the example lowers the query's loss.
 
     Attributes:
       values: Scores `(Q, k)`, descending.
       indices: Places in the training batch, `(Q, k)` int32.
+
+    Example:
+      >>> TopK(values=np.array([[2.5, -1.0]]), indices=np.array([[4, 0]]))
+      TopK(1 query, k=2, values -1 to 2.5)
     """
 
     values: Array
     indices: Array
+
+    def __repr__(self) -> str:
+        shape = getattr(self.values, "shape", ())
+        axes = [_reprs.counted(shape[0], "query"), f"k={shape[1]}"] if len(shape) == 2 else []
+        return _reprs.call(self, *axes, f"values {_reprs.span(self.values, 3)}".rstrip())
 
 
 def inner_products(

@@ -14,6 +14,8 @@ from ._mesh import compiled
 from ._typing import Array, PyTree
 from .batching import batch_size, check_batch
 
+__all__ = ["replicate", "shard_batch"]
+
 # Padding adds at most one part in as many to a batch.
 LEAST_PADDED = 16
 
@@ -60,6 +62,9 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
       tree: Leaves are arrays.
       mesh: The devices.
 
+    Returns:
+      The tree, leaves `(*leaf)` on every device.
+
     Raises:
       TypeError: If `mesh` is no mesh.
 
@@ -74,7 +79,19 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def padded_length(count: int, devices: int) -> int:
-    """The least length of which every device gets an equal share, and a share with many divisors."""
+    """The least length of which every device gets an equal share, and a share with many divisors.
+
+    Args:
+      count: How many examples there are.
+      devices: Over how many devices they are split.
+
+    Returns:
+      The length, at least `count`.
+
+    Example:
+      >>> padded_length(10, 4)
+      12
+    """
     share = -(-count // devices)
     multiple = 2 ** (max(1, share // LEAST_PADDED).bit_length() - 1)
     return devices * multiple * -(-share // multiple)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from . import _steps, tree
+from . import _reprs, _steps, tree
 from ._mesh import compiled
 from ._pytree import dataclass, static
 from ._steps import State
-from ._typing import Array, Key, LossFunction, PyTree
+from ._typing import Array, ArrayLike, Key, LossFunction, PyTree
 from .batching import as_batch, check_key, check_positive
 from .objective import LossOnly, Objective, as_objective, check_hashable
 from .solvers.damping import check_number
@@ -100,7 +100,31 @@ def training(
 
 @dataclass
 class Training:
-    """What `training` makes: `train(weights, key) -> params`."""
+    r"""What `training` makes: `train(weights, key) -> params`.
+
+    A pytree; its arrays are arguments of compiled programs.
+
+    Attributes:
+      objective: Loss of a training example.
+      params: The start, leaves `(*leaf)`; None where it is drawn.
+      data: Leaves `(N, ...)`.
+      penalty: $\lambda$.
+      draw: `key -> params`; None where the start is given; static.
+      optimizer: From optax; static.
+      epochs: How often to go through the data; static.
+      batch_size: Examples in a batch, all if None; static.
+      batches: `"own"` or `"shared"`; static.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * (params["mean"] - z) ** 2
+      >>> start, data = {"mean": jnp.array(0.0)}, jnp.array([1.0, 3.0])
+      >>> train = ij.retrain.training(f, optax.sgd(0.5), start, data, epochs=2)
+      >>> train
+      Training(LossOnly(<lambda>), 2 examples, 2 epochs of full batches)
+      >>> train.checkpoints(jnp.ones(2), jax.random.key(0), [0, 1, 2])["mean"].tolist()
+      [0.0, 1.0, 1.5]
+    """
 
     objective: Objective | LossOnly
     params: PyTree  # the start; None where it is drawn
@@ -112,7 +136,7 @@ class Training:
     batch_size: int | None = static(kw_only=True)
     batches: str = static(kw_only=True)
 
-    def __call__(self, weights: Array, key: Key) -> PyTree:
+    def __call__(self, weights: ArrayLike, key: Key) -> PyTree:
         """The parameters after the last step.
 
         Args:
@@ -127,7 +151,7 @@ class Training:
         """
         return _trained(self, _steps.check_weights(weights, self.count), check_key(key, WHY_KEY))
 
-    def checkpoints(self, weights: Array, key: Key, epochs: Sequence[int]) -> PyTree:
+    def checkpoints(self, weights: ArrayLike, key: Key, epochs: Sequence[int]) -> PyTree:
         """The parameters on the way, after each of the given numbers of epochs; for methods that sum over them.
 
         Args:
@@ -157,7 +181,7 @@ class Training:
 
     def __repr__(self) -> str:
         batches = "full batches" if self.batch_size is None else f"{self.batches} batches of {self.batch_size}"
-        return f"Training({self.objective!r}, {self.count:,} examples, {self.epochs} epochs of {batches})"
+        return _reprs.call(self, repr(self.objective), _reprs.rows(self.data), f"{self.epochs} epochs of {batches}")
 
 
 def _as_start(params: PyTree | Callable[[Key], PyTree]) -> tuple[PyTree, Callable[[Key], PyTree] | None]:

@@ -15,10 +15,12 @@ import numpy as np
 from . import _steps
 from ._memory import memory_errors
 from ._mesh import compiled
-from ._typing import Array, Key, LossFunction, PyTree
+from ._typing import Array, ArrayLike, Key, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_key, map_rows
 from .objective import LossOnly, Objective, as_objective
 from .training import WHY_KEY, Training
+
+__all__ = ["influences"]
 
 KNOBS = "fewer queries at once (rhs_chunk=), or smaller batches (batch_size= of training)"
 
@@ -26,7 +28,7 @@ KNOBS = "fewer queries at once (rhs_chunk=), or smaller batches (batch_size= of 
 def influences(
     training: Training,
     query: PyTree,
-    weights: Array | None = None,
+    weights: ArrayLike | None = None,
     *,
     key: Key,
     measurement: Objective | LossFunction | None = None,

@@ -1,7 +1,14 @@
-"""Mistakes are told in words: the argument, what it got, what was expected, and the way out."""
+"""Mistakes are told in words: the argument, what it got, what was expected, and the way out.
+
+`python tests/test_mistakes.py` prints all of them with their messages.
+"""
 
 import dataclasses
+import pathlib
+import traceback
+from functools import partial
 
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
@@ -16,6 +23,8 @@ OBJECTIVE = helpers.CLASSIFICATION
 GGN = ij.GGN(OBJECTIVE, PARAMS, BATCH)
 INFLUENCE = ij.Influence(OBJECTIVE, PARAMS, ij.invert(GGN, ij.Direct(0.1)))
 STACK = jax.tree.map(lambda x: x[None], PARAMS)
+GGN_OF = partial(ij.GGN, OBJECTIVE, PARAMS)
+PACKAGE = pathlib.Path(ij.__file__).parent
 
 
 def loader():
@@ -387,9 +396,78 @@ MISTAKES = [
     (
         "list of batches",
         lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS).fit([BATCH, BATCH]),
-        ValueError,
-        ["data", "one example", "AttributeError"],
+        TypeError,
+        ["data", "list of 2 batches", "one Batch", "influence_jax.stream"],
     ),
+    (
+        "arrays in a list for a model that wants a Batch",
+        lambda: INFLUENCE.influences([BATCH.x, BATCH.y], BATCH),
+        TypeError,
+        ["predict", "mlp", "AttributeError", "example (0 float64[5], 1 int64[])", "ONE example"],
+    ),
+    (
+        "inputs of another width",
+        lambda: INFLUENCE.influences(ij.Batch(BATCH.x[:, :3], BATCH.y), BATCH),
+        TypeError,
+        ["predict", "mlp", "(3,) and (5,)", "layer0/kernel float64[5, 4]", "x float64[3]", "ONE example"],
+    ),
+    (
+        "one-hot labels for a loss of integers",
+        lambda: GGN_OF(ij.Batch(BATCH.x, jax.nn.one_hot(BATCH.y, 3))).mv(PARAMS),
+        TypeError,
+        ["loss", "cross_entropy", "integer", "y float64[3]"],
+    ),
+    (
+        "variables in place of params",
+        lambda: ij.GGN(OBJECTIVE, {"params": PARAMS}, BATCH).mv({"params": PARAMS}),
+        ValueError,
+        ["predict", "KeyError: 'kernel'", "params/layer0/kernel", "params as they were passed"],
+    ),
+    (
+        "model that wants a batch",
+        lambda: ij.per_example_grads(lambda p, z: jnp.mean(z.x[:, 0] * p["w"]), {"w": jnp.ones(())}, BATCH),
+        ValueError,
+        ["objective", "Too many indices", "x float64[5]", "without a batch axis"],
+    ),
+    (
+        "function of params only",
+        lambda: ij.per_example_grads(lambda params: 0.0, PARAMS, BATCH),
+        TypeError,
+        ["objective", "takes 1 positional argument but 2 were given", "example"],
+    ),
+    (
+        "loss of nothing",
+        lambda: ij.per_example_grads(lambda params, example: None, PARAMS, BATCH),
+        TypeError,
+        ["loss", "NoneType", "expected a scalar"],
+    ),
+    (
+        "branch on a value",
+        lambda: ij.per_example_grads(lambda p, z: p["w"] if z.x[0] > 0 else 0.0, {"w": jnp.ones(())}, BATCH),
+        TypeError,
+        ["objective", "TracerBoolConversionError", "x float64[5]"],
+    ),
+    (
+        "flax module in place of an objective",
+        lambda: ij.GGN(nn.Dense(3), PARAMS, BATCH),
+        TypeError,
+        ["objective", "Dense", "from_linen(module, variables, loss)"],
+    ),
+    ("mask that returns nothing", lambda: kronecker(mask=lambda z: None), TypeError, ["mask", "NoneType", "(T,)"]),
+    (
+        "weights as a list",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, BATCH, weights=[1.0] * 9),
+        TypeError,
+        ["weights", "[1.0", "(9,)", "asarray"],
+    ),
+    ("weights by name", lambda: kronecker(weights="balanced"), TypeError, ["weights", "'balanced'", "(9,)"]),
+    (
+        "coverage of words",
+        lambda: ij.coverage(OBJECTIVE, PARAMS, {"x": jnp.ones(5), "y": "cat"}),
+        TypeError,
+        ["example", "'y'", "str", "array"],
+    ),
+    ("operator times NaN", lambda: float("nan") * GGN, ValueError, ["factor", "nan", "finite"]),
     (
         "complex weights",
         lambda: ij.GGN(OBJECTIVE, PARAMS, BATCH, weights=np.ones(9) * 1j),
@@ -511,6 +589,8 @@ def test_mistake(call, error, words):
     for word in words:
         assert word in message
     assert type(caught.value).__module__ in ("builtins", "influence_jax.curvature.capabilities")
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert PACKAGE in pathlib.Path(last.filename).parents, f"the traceback ends in {last.filename}"
 
 
 def test_float64_with_x64_off(float32):
@@ -552,3 +632,17 @@ def test_reprs_say_what_a_thing_is():
     assert "Objective(mlp, cross_entropy)" in repr(INFLUENCE)
     assert repr(BATCH) == "Batch(float64[9, 5], int64[9])"
     assert repr(ij.CG(ij.RelativeDamping(0.1))).startswith("CG(damping=RelativeDamping(0.1)")
+
+
+def listed() -> str:
+    """Every mistake above and what it is told, for people to read: `python tests/test_mistakes.py`."""
+    told = []
+    for name, call, error, _ in MISTAKES:
+        with pytest.raises(error) as caught:
+            call()
+        told.append(f"{name}\n    {type(caught.value).__name__}: {caught.value}\n")
+    return f"{len(MISTAKES)} mistakes\n\n" + "\n".join(told)
+
+
+if __name__ == "__main__":
+    print(listed())

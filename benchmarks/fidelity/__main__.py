@@ -146,9 +146,11 @@ def of_peers(python, recipe, truth, train):
     """Figures of the peers' scores of the first model."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        leaves = {f"{layer}.{name}": x for layer, part in truth.first().items() for name, x in part.items()}
-        arrays = {"x": train["x"], "y": train["y"], "query_x": truth.query["x"], "query_y": truth.query["y"], **leaves}
-        np.savez(folder / "problem.npz", **arrays)
+        layers = [layer for _, layer in sorted(truth.first().items())]
+        leaves = {f"{name}{i}": x for i, layer in enumerate(layers) for name, x in layer.items()}
+        sizes = [layers[0]["kernel"].shape[0], *(len(layer["bias"]) for layer in layers)]
+        arrays = {"x": train["x"], "y": train["y"], "query_x": truth.query["x"], "query_y": truth.query["y"]}
+        np.savez(folder / "problem.npz", sizes=sizes, **arrays, **leaves)
         dampings = [recipe.penalty] if recipe.convex else DAMPINGS
         command = [python, HERE / "peers.py", folder / "problem.npz", folder / "scores.npz", *map(str, dampings)]
         subprocess.run([str(part) for part in command], check=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import pathlib
 import sys
 import tempfile
 import warnings
@@ -10,37 +11,19 @@ import numpy as np
 import torch
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
-from kronfluence.task import Task
 from pydvl.influence import torch as influence
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+from comparison import networks
+from comparison.with_kronfluence import CrossEntropy
 
 loss = torch.nn.functional.cross_entropy
 
 
-class CrossEntropy(Task):
-    """Summed over examples, as kronfluence asks."""
-
-    def compute_train_loss(self, batch, model, sample=False):
-        x, labels = batch
-        logits = model(x)
-        if sample:
-            labels = torch.multinomial(torch.softmax(logits.detach(), dim=-1), 1).flatten()
-        return loss(logits, labels, reduction="sum")
-
-    def compute_measurement(self, batch, model):
-        return self.compute_train_loss(batch, model)
-
-
 def network(problem):
-    names = sorted({name.split(".")[0] for name in problem if name.startswith("layer")})
-    layers = []
-    for name in names:
-        kernel = problem[f"{name}.kernel"]
-        linear = torch.nn.Linear(*kernel.shape)
-        linear.weight.data = torch.tensor(kernel.T.copy())
-        linear.bias.data = torch.tensor(problem[f"{name}.bias"])
-        layers += [linear, torch.nn.Tanh()]
-    return torch.nn.Sequential(*layers[:-1]).eval()
+    return networks.digits(problem).eval()
 
 
 def of_kronfluence(problem, train, query, damping, folder):

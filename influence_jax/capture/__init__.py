@@ -13,5 +13,5 @@ from .contract import (
     rotated as rotated,
     squares as squares,
 )
-from .coverage import Coverage as Coverage, coverage as coverage
+from .coverage import Coverage as Coverage, LeafCoverage as LeafCoverage, coverage as coverage
 from .layers import MAX_SIDE as MAX_SIDE, Layer as Layer, arrange as arrange, components as components

@@ -26,6 +26,13 @@ class LeafCoverage(NamedTuple):
       kind: `"matrix"`, `"bias"` (a row of a matrix), `"block"` (all its entries together) or `"diagonal"`.
       block: The diagonal block of the curvature that it is in.
       details: In words.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> import jax.numpy as jnp
+      >>> covered = ij.coverage(lambda params, z: jnp.sum(z @ params["w"]), {"w": jnp.ones((3, 2))}, jnp.ones(3))
+      >>> covered.leaves[0].kind, covered.leaves[0].shape
+      ('matrix', (3, 2))
     """
 
     name: str
@@ -37,7 +44,17 @@ class LeafCoverage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """How each leaf is treated, as a table; made by `coverage`."""
+    """How each leaf is treated, as a table; made by `coverage`.
+
+    Attributes:
+      leaves: A `LeafCoverage` of each, in leaf order.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> import jax.numpy as jnp
+      >>> ij.coverage(lambda params, z: jnp.sum(z @ params["w"]), {"w": jnp.ones((3, 2))}, jnp.ones(3)).share("matrix")
+      1.0
+    """
 
     leaves: tuple[LeafCoverage, ...]
 
@@ -99,6 +116,9 @@ def coverage(
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         params = tree.check_params(params)
     check_positive(max_side, "max_side")
+    for name, leaf in tree.named_leaves(example):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float):
+            raise TypeError(f"example: leaf '{name}' is a {type(leaf).__name__}, expected an array of ONE example")
     params = tree.shapes(params)
     jax.eval_shape(objective, params, example)  # a batch in place of an example is found out here
     plan, layers = arrange(objective, params, example, max_side)

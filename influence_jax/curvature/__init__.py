@@ -1,6 +1,6 @@
 """Curvature as linear operators on parameter-shaped trees."""
 
-from . import assembled as assembled, per_example as per_example
+from . import algebra as algebra, assembled as assembled, per_example as per_example
 from .blocked import diagonal_blocks as diagonal_blocks, shifted as shifted
 from .capabilities import (
     Restricted as Restricted,

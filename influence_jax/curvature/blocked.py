@@ -17,6 +17,15 @@ from .operator import LinearOperator
 def diagonal_blocks(op: LinearOperator) -> OrderedDict[str, Block]:
     """The blocks outside of which an operator is known to be zero: names, and leaves in each; one block `""` of all.
 
+    Args:
+      op: The operator.
+
+    Returns:
+      Names of blocks, and the names of the leaves in each, in leaf order.
+
+    Raises:
+      TypeError: If `op` is no operator.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import influence_jax as ij

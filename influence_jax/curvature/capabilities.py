@@ -5,7 +5,6 @@ Each is a `functools.singledispatch` function with a fallback; register yours fo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -14,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import blocks, tree
+from .. import _reprs, blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import map_rows
-from .operator import LinearOperator, Scaled, Sum
+from .operator import LinearOperator
 
 # Up to this many parameters a trace without closed form is summed exactly, one product per parameter.
 EXACT_TRACE_SIZE = 4096
@@ -39,6 +38,9 @@ class Root(NamedTuple):
     transpose: Callable[[Array], PyTree]
     weights: Array
 
+    def __repr__(self) -> str:
+        return _reprs.call(self, f"weights {_reprs.array(self.weights)}")
+
 
 class Spectral(NamedTuple):
     r"""An eigendecomposition in closed form, $A = B^{-1} \mathrm{diag}(d) B$ with $B$ orthogonal.
@@ -52,6 +54,9 @@ class Spectral(NamedTuple):
     to_basis: Callable[[PyTree], PyTree]
     from_basis: Callable[[PyTree], PyTree]
     values: PyTree
+
+    def __repr__(self) -> str:
+        return _reprs.call(self, _reprs.entries(self.values, "eigenvalue"))
 
 
 class Unsupported(TypeError):
@@ -100,6 +105,12 @@ def root(op: LinearOperator) -> Root:
     Empirical Fisher: $R_i = \nabla\ell_i^\top$, C = 1.  GGN: $R_i = L_i^\top J_i$ with
     $L_iL_i^\top = \nabla^2_{out}\ell_i$, C outputs; rows of examples whose loss is not convex in the output are NaN.
 
+    Args:
+      op: Mean over N examples of matrices with C rows.
+
+    Returns:
+      A `Root`: products `(N, C)` with the rows, their transpose, and the weights `(N,)`.
+
     Raises:
       TypeError: If the operator has none.
 
@@ -116,6 +127,12 @@ def root(op: LinearOperator) -> Root:
 @singledispatch
 def spectral(op: LinearOperator) -> Spectral:
     """The eigendecomposition, where there is one in closed form.
+
+    Args:
+      op: The operator.
+
+    Returns:
+      A `Spectral`: maps of stacks, leaves `(K, *leaf)`, to coordinates and back, and the eigenvalues.
 
     Raises:
       TypeError: If there is none.
@@ -143,6 +160,13 @@ def sums(op: LinearOperator, V: PyTree) -> tuple[PyTree, Array]:
 
     Raises:
       TypeError: If the operator is not a mean over examples.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> op = ij.EmpiricalFisher(lambda params, z: params["w"] * z, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0]))
+      >>> total, weight = ij.sums(op, {"w": jnp.array([1.0, 2.0])})
+      >>> total["w"].tolist(), float(weight)
+      ([10.0, 20.0], 2.0)
     """
     raise unsupported(sums, op, "accumulation over batches")
 
@@ -180,6 +204,12 @@ def to_dense(op: LinearOperator) -> Array:
 
     Memory is P²; the products are taken in at least float32.
 
+    Args:
+      op: The operator.
+
+    Raises:
+      TypeError: If `op` is no operator.
+
     Example:
       >>> import influence_jax as ij
       >>> ij.to_dense(ij.Identity({"w": jnp.ones(2)})).tolist()
@@ -191,6 +221,15 @@ def to_dense(op: LinearOperator) -> Array:
 @singledispatch
 def diagonal(op: LinearOperator) -> PyTree:
     """The diagonal of an operator, a tree shaped like the parameters; one product per parameter without closed form.
+
+    Args:
+      op: The operator.
+
+    Returns:
+      Tree like the parameters, leaves `(*leaf)`, float32 or wider.
+
+    Raises:
+      TypeError: If `op` is no operator.
 
     Example:
       >>> import influence_jax as ij
@@ -221,6 +260,8 @@ def trace(op: LinearOperator, *, key: Key | None = None) -> Array:
       >>> import influence_jax as ij
       >>> float(ij.trace(3.0 * ij.Identity({"w": jnp.ones(2)})))
       6.0
+
+    Reference: Hutchinson 1990, doi:10.1080/03610919008812866.
     """
     return trace_by_products(checked(op), key)
 
@@ -316,71 +357,5 @@ class Restricted(LinearOperator):
     def rhs_chunk(self) -> int | None:
         return self.op.rhs_chunk
 
-
-@minibatch.register
-def _(op: Sum, indices: Array) -> LinearOperator:
-    return Sum(tuple(minibatch(term, indices) for term in op.terms))
-
-
-@minibatch.register
-def _(op: Scaled, indices: Array) -> LinearOperator:
-    return dataclasses.replace(op, op=minibatch(op.op, indices))
-
-
-@root.register
-def _(op: Scaled) -> Root:
-    inner = root(op.op)
-    return inner._replace(weights=tree.scale(op.factor, inner.weights))
-
-
-@spectral.register
-def _(op: Scaled) -> Spectral:
-    inner = spectral(op.op)
-    return inner._replace(values=tree.scale(op.factor, inner.values))
-
-
-@sums.register
-def _(op: Scaled, V: PyTree) -> tuple[PyTree, Array]:
-    total, weight = sums(op.op, V)
-    return tree.scale(op.factor, total), weight
-
-
-@restrict.register
-def _(op: Sum, block: Sequence[str]) -> LinearOperator:
-    return Sum(tuple(restrict(term, block) for term in op.terms))
-
-
-@restrict.register
-def _(op: Scaled, block: Sequence[str]) -> LinearOperator:
-    return dataclasses.replace(op, op=restrict(op.op, block))
-
-
-@to_dense.register
-def _(op: Sum) -> Array:
-    return sum((to_dense(term) for term in op.terms[1:]), to_dense(op.terms[0]))
-
-
-@to_dense.register
-def _(op: Scaled) -> Array:
-    return tree.scale(op.factor, to_dense(op.op))
-
-
-@diagonal.register
-def _(op: Sum) -> PyTree:
-    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(diagonal(term) for term in op.terms))
-
-
-@diagonal.register
-def _(op: Scaled) -> PyTree:
-    return tree.scale(op.factor, diagonal(op.op))
-
-
-@trace.register
-def _(op: Sum, *, key: Key | None = None) -> Array:
-    keys = [None] * len(op.terms) if key is None else list(jax.random.split(key, len(op.terms)))
-    return jnp.sum(jnp.stack([trace(term, key=term_key) for term, term_key in zip(op.terms, keys, strict=True)]))
-
-
-@trace.register
-def _(op: Scaled, *, key: Key | None = None) -> Array:
-    return tree.scale(op.factor, trace(op.op, key=key))
+    def __repr__(self) -> str:
+        return _reprs.call(self, repr(self.op), _reprs.some(self.block))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import blocks, tree
+from .. import _reprs, blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
@@ -43,7 +43,7 @@ class OverData(LinearOperator, abc.ABC):
     objective: Objective | LossOnly | LossFunction
     params: PyTree
     data: PyTree
-    weights: Array | None = dataclasses.field(default=None, kw_only=True)
+    weights: Array | np.ndarray | None = dataclasses.field(default=None, kw_only=True)
     chunk: int | None = static(default=None, kw_only=True)
     rhs_chunk: int | None = static(default=None, kw_only=True)  # type: ignore[assignment]
     total: Array | None = dataclasses.field(default=None, kw_only=True)
@@ -77,7 +77,7 @@ class OverData(LinearOperator, abc.ABC):
         return _mean_products(self, V)
 
     def loss(self, params: PyTree, example: PyTree) -> Array:
-        """The loss of one example."""
+        """The loss of one example at `params`."""
         return as_objective(self.objective)(params, example)
 
     @property
@@ -87,10 +87,17 @@ class OverData(LinearOperator, abc.ABC):
 
     @abc.abstractmethod
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
-        r"""$\sum_i w_i C_i v$ over one chunk."""
+        r"""$\sum_i w_i C_i v$ over one chunk.
+
+        Args:
+          params: Where it is taken.
+          batch: The chunk, leaves `(B, ...)`.
+          weights: `(B,)`.
+          v: One vector.
+        """
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.size:,} parameters, {self.count:,} examples)"
+        return _reprs.call(self, _reprs.parameters(self.space), _reprs.rows(self.data))
 
 
 @dataclass
@@ -209,7 +216,9 @@ class EmpiricalFisher(OverData):
         return jax.vjp(losses, params)[1](tangent * weights.astype(values.dtype))[0]
 
 
-def _as_weights(weights: Array, op: OverData) -> Array:
+def _as_weights(weights: Array | np.ndarray, op: OverData) -> Array:
+    if not hasattr(weights, "dtype"):
+        raise TypeError(f"weights: got {weights!r:.100}, expected an array ({op.count},); make one by jnp.asarray")
     if jnp.issubdtype(jnp.result_type(weights), jnp.complexfloating):
         raise TypeError(f"weights: got {jnp.result_type(weights)}, expected real numbers")
     if jnp.shape(weights) != (op.count,):
@@ -240,7 +249,8 @@ def sum_over_data(
 ) -> tuple[PyTree, Array]:
     """`sum_over` the operator's data, and what the sum is to be divided by; `chunk` is for each device by default."""
     chunk = op.chunk or (chunk or DEFAULT_CHUNK) * op.layout.shares
-    summed, weight = sum_over(fn, op.data, op.weights, chunk=chunk, dtype=wide_dtype(op.params))
+    weights = cast(Array | None, op.weights)
+    summed, weight = sum_over(fn, op.data, weights, chunk=chunk, dtype=wide_dtype(op.params))
     return summed, weight if op.total is None else op.total.astype(weight.dtype)
 
 

@@ -83,6 +83,10 @@ class Fisher(OverData):
         r"""$\theta \mapsto u_{is}^\top \mathrm{predict}(\theta) / \sqrt S$, `(S,)`, labels drawn at parameters `at`.
 
         Its gradients are the rows of the factor.
+
+        Args:
+          at: Parameters at which labels are drawn.
+          example: One example and its key.
         """
         cotangents = self._cotangents(at, example)
         return lambda params: self._project(cotangents, params, example)

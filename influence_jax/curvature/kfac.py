@@ -162,10 +162,9 @@ def keyed_fisher(
 
 
 def _checked_fit(op: EmpiricalFisher, recipe: Recipe, *, eigenvalues: bool) -> Kronecker:
+    check_finite(op.params, "params")
+    check_finite(op.data.example, "data")
     curvature = _fit(op, recipe, eigenvalues)
-    if not _finite(curvature):
-        check_finite(op.params, "params")
-        check_finite(op.data.example, "data")
     check_fitted(curvature, recipe)
     return curvature
 

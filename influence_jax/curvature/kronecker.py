@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import blocks, tree
+from .. import _reprs, blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
@@ -55,6 +55,11 @@ class KroneckerLayer:
         back = [None if q is None else q.swapaxes(-1, -2) for q in (self.q_in, self.q_out)]
         return self.layer.leaves(rotate(coordinates, *back), space)
 
+    def __repr__(self) -> str:
+        return _reprs.call(
+            self, self.layer.kernel, _reprs.shape((self.layer.groups, self.layer.rows, self.layer.columns))
+        )
+
 
 @dataclass
 class Kronecker(LinearOperator):
@@ -63,10 +68,18 @@ class Kronecker(LinearOperator):
     Its eigendecomposition is known, so `Direct` and `Eigh` solve in closed form, at any damping, and a
     `RelativeDamping` is relative to the mean eigenvalue of each block, or of all for a block that has no curvature.
 
+    $v \mapsto Q_{in} (\Lambda \odot (Q_{in}^\top v\, Q_{out})) Q_{out}^\top$ for each layer's matrix, `(I, O)`.
+
     Attributes:
       params: Defines the space.
       layers: The layers, which hold every parameter once.
       psd: Whether no eigenvalue is known to be negative; static.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> f = lambda params, z: 0.5 * jnp.sum((z @ params["w"]) ** 2)
+      >>> ij.ekfac(f, {"w": jnp.ones((3, 2))}, jnp.ones((5, 3)), labels="empirical")
+      Kronecker(6 parameters in 1 block)
 
     Reference: Martens & Grosse 2015, arXiv:1503.05671; George et al. 2018, arXiv:1806.03884.
     """
@@ -102,7 +115,7 @@ class Kronecker(LinearOperator):
         return components([layer.layer for layer in self.layers])
 
     def __repr__(self) -> str:
-        return f"Kronecker({self.size:,} parameters in {len(self.blocks)} blocks)"
+        return _reprs.call(self, f"{_reprs.parameters(self.space)} in {_reprs.counted(len(self.blocks), 'block')}")
 
 
 @compiled

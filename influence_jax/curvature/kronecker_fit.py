@@ -16,6 +16,7 @@ import numpy as np
 from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, PyTree
+from .._words import ask
 from ..batching import chunk_in_cache
 from ..capture import (
     Layer,
@@ -152,7 +153,10 @@ def _masked(cotangents: PyTree, out: PyTree, mask: Mask | None, example: PyTree)
 
 
 def _positions(mask: Mask, example: PyTree) -> Array:
-    counts = jnp.asarray(mask(example)).astype(bool)
+    counts = ask("mask", mask, {"example": example}, "it returns one entry per position of ONE example, (T,)")
+    if not hasattr(counts, "dtype"):
+        raise TypeError(f"mask: returned a {type(counts).__name__} for one example, expected an array (T,)")
+    counts = jnp.asarray(counts).astype(bool)
     if counts.ndim != 1:
         raise ValueError(f"mask: returned shape {counts.shape} for one example, expected (T,), one entry per position")
     return counts

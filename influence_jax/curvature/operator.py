@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tree
+from .. import _reprs, tree
 from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, LossFunction, PyTree
@@ -106,6 +106,9 @@ class BilinearForm:
         products = mixed_product(objective, params, left if right is None else right, vectors, wrt=wrt)
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), products)
 
+    def __repr__(self) -> str:
+        return _reprs.call(self, repr(self.op))
+
 
 def _leading_axes(stack: PyTree, space: PyTree) -> tuple[int, ...]:
     """The axes in front of the parameters' own, taken from the first leaf."""
@@ -117,7 +120,25 @@ inner_products = compiled(tree.gram)
 
 
 class LinearOperator(abc.ABC):
-    """A self-adjoint map on trees shaped like `space`."""
+    """A self-adjoint map on trees shaped like `space`.
+
+    Subclasses define `mv` and `space`, and are pytrees if they are to be arguments of compiled programs; that suffices
+    for all iterative solvers. `a + b` and `2.0 * a` are operators, too; what else one may offer is asked for by
+    functions, such as `diagonal` and `spectral`.
+
+    Example:
+      >>> import dataclasses
+      >>> import influence_jax as ij
+      >>> @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass(frozen=True, repr=False)
+      ... class Doubled(ij.LinearOperator):
+      ...     params: dict
+      ...     space = property(lambda self: self.params)
+      ...     mv = lambda self, v: jax.tree.map(lambda x: 2 * x, v)
+      >>> doubled = Doubled({"w": jnp.ones(2)})
+      >>> doubled, ij.invert(doubled, ij.CG(damping=1.0)).mv({"w": jnp.array([3.0, 6.0])})["w"].tolist()
+      (Doubled(2 parameters), [1.0, 2.0])
+    """
 
     @abc.abstractmethod
     def mv(self, v: PyTree) -> PyTree:
@@ -159,7 +180,7 @@ class LinearOperator(abc.ABC):
         return None
 
     def mm(self, V: PyTree) -> PyTree:
-        """The product with every row of a stack, leaves `(K, *leaf)`."""
+        """The product with every row of the stack `V`, leaves `(K, *leaf)`."""
         tree.check_stack(V, self.space, "V")
         return _map_mv(self, V)
 
@@ -181,7 +202,7 @@ class LinearOperator(abc.ABC):
     __rmul__ = __mul__
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.size:,} parameters)"
+        return _reprs.call(self, _reprs.parameters(self.space))
 
 
 @compiled
@@ -237,6 +258,9 @@ class Sum(LinearOperator):
         chunks = [term.rhs_chunk for term in self.terms if term.rhs_chunk is not None]
         return min(chunks, default=None)
 
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms))
+
 
 @dataclass
 class Scaled(LinearOperator):
@@ -254,6 +278,8 @@ class Scaled(LinearOperator):
             raise TypeError(f"factor: got {self.factor!r}, expected a number")
         if jnp.shape(self.factor) != ():
             raise ValueError(f"factor: got shape {jnp.shape(self.factor)}, expected a scalar")
+        if not isinstance(self.factor, jax.Array) and not np.isfinite(self.factor):
+            raise ValueError(f"factor: got {self.factor}, expected a finite number")
 
     def mv(self, v: PyTree) -> PyTree:
         return tree.scale(self.factor, self.op.mv(v))
@@ -284,3 +310,7 @@ class Scaled(LinearOperator):
     @property
     def rhs_chunk(self) -> int | None:
         return self.op.rhs_chunk
+
+    def __repr__(self) -> str:
+        inner = f"({self.op!r})" if isinstance(self.op, Sum) else repr(self.op)
+        return f"{_reprs.value(self.factor)} * {inner}"

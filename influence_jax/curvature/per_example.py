@@ -125,7 +125,7 @@ def _(op: OverData, *, key: Key | None = None) -> Array:
 @root.register(GGN)
 @root.register(Fisher)
 def _(op: OverData) -> Root:
-    weights = jnp.ones(op.count, wide_dtype(op.params)) if op.weights is None else op.weights
+    weights = jnp.ones(op.count, wide_dtype(op.params)) if op.weights is None else jnp.asarray(op.weights)
     weights = weights / (jnp.sum(weights) if op.total is None else op.total)
     return Root(partial(_root_apply, op), partial(_root_transpose, op), weights)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .. import tree
+from .. import _reprs, tree
 from .._mesh import compiled
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, PyTree
@@ -75,6 +75,9 @@ class Projected(LinearOperator):
     @property
     def space(self) -> PyTree:
         return self.params
+
+    def __repr__(self) -> str:
+        return _reprs.call(self, _reprs.parameters(self.space), f"rank {self.projection.dim:,}")
 
 
 @compiled

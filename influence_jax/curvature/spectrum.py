@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import tree
+from .. import _reprs, tree
 from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
@@ -87,29 +87,33 @@ def _extended(index: Array, carry: tuple, product: PyTree, key: Key) -> tuple:
     """One more direction: the basis with q in row `index`, the matrix with its products, and the next q."""
     basis, matrix, q, scale = carry
     basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), basis, q)
-    rest, coefficients = _orthogonal(basis, product)
-    matrix = matrix.at[index].set(coefficients)
-    scale = jnp.maximum(scale, _norm(product))
-    beta, dtype = _norm(rest), matrix.dtype
-    size = tree.size(product)
-    exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
-    fresh = lambda: tree.unflatten(jax.random.normal(key, (size,), dtype), product)
-    rest = lax.cond(exhausted, lambda: _orthogonal(basis, fresh())[0], lambda: rest)
+    scale, dtype, size = jnp.maximum(scale, _norm(product)), matrix.dtype, tree.size(product)
+    smallest = 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
+
+    def unfinished(carry: tuple) -> Array:
+        passes, _, _, beta = carry
+        return (passes < 2) | ((passes < 4) & (beta <= smallest))
+
+    def one_pass(carry: tuple) -> tuple:
+        # Twice, because once leaves rounding behind; twice more from a random direction where the space is exhausted.
+        passes, rest, coefficients, beta = carry
+        fresh = lambda: tree.unflatten(jax.random.normal(key, (size,), dtype), product)
+        rest, products = _orthogonal(basis, lax.cond(passes == 2, fresh, lambda: rest))
+        coefficients = jnp.where(passes == 0, products, coefficients)
+        return passes + 1, rest, coefficients, jnp.where(passes < 2, _norm(rest), beta)
+
+    start = (jnp.int32(0), product, jnp.zeros_like(matrix[0]), scale)
+    # A loop rather than four passes in a row, of which each would be compiled.
+    _, rest, coefficients, beta = lax.while_loop(unfinished, one_pass, start)
     length = _norm(rest)
     q = tree.scale(1 / jnp.where(length > 0, length, 1), rest)
-    return basis, matrix, q, scale, jnp.where(exhausted, 0, beta)
+    return basis, matrix.at[index].set(coefficients), q, scale, jnp.where(beta <= smallest, 0, beta)
 
 
 def _orthogonal(basis: PyTree, vector: PyTree) -> tuple[PyTree, Array]:
-    """The part of a vector orthogonal to orthonormal rows, and its inner products with them, `(m,)`."""
-
-    def project(vector: PyTree) -> tuple[PyTree, Array]:
-        coefficients = tree.gram(basis, tree.stack_of_one(vector))[:, 0]
-        return tree.subtract(vector, tree.only(tree.combine(coefficients[None], basis))), coefficients
-
-    once, coefficients = project(vector)
-    twice, _ = project(once)  # because once leaves rounding behind
-    return twice, coefficients
+    """A vector less its projection on orthonormal rows, and its inner products with them, `(m,)`."""
+    products = tree.gram(basis, tree.stack_of_one(vector))[:, 0]
+    return tree.subtract(vector, tree.only(tree.combine(products[None], basis))), products
 
 
 @dataclass
@@ -123,6 +127,12 @@ class Spectrum:
       weights: What part of a random vector each stands for, `(probes, m)`; rows sum to one.
       residuals: An eigenvalue lies within this distance of each Ritz value, `(probes, m)`.
       size: Number of parameters; static.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> ritz = ij.spectrum(ij.Diagonal({"w": jnp.array([1.0, 2.0, 5.0])}), 3, key=jax.random.key(0))
+      >>> ritz.values.round(3).tolist(), float(ritz.density(jnp.array([2.0]), 0.1)[0]) > 0
+      ([[1.0, 2.0, 5.0]], True)
     """
 
     values: Array
@@ -133,15 +143,14 @@ class Spectrum:
     @property
     def largest(self) -> tuple[Array, Array]:
         """The largest Ritz value, a lower bound of the largest eigenvalue, and its residual."""
-        return self._extreme(jnp.argmax)
+        return self._extreme(self.values.argmax())
 
     @property
     def smallest(self) -> tuple[Array, Array]:
         """The smallest Ritz value, an upper bound of the smallest eigenvalue, and its residual."""
-        return self._extreme(jnp.argmin)
+        return self._extreme(self.values.argmin())
 
-    def _extreme(self, choose: Callable[[Array], Array]) -> tuple[Array, Array]:
-        place = choose(self.values)
+    def _extreme(self, place: Array) -> tuple[Array, Array]:
         return self.values.reshape(-1)[place], self.residuals.reshape(-1)[place]
 
     def trace_of(self, fn: Callable[[Array], Array]) -> tuple[Array, Array]:
@@ -152,13 +161,19 @@ class Spectrum:
 
         Reference: Ubaru, Chen & Saad 2017, doi:10.1137/16M1104974.
         """
-        estimates = self.size * jnp.sum(self.weights * fn(self.values), axis=1)
-        probes = estimates.shape[0]
-        error = jnp.std(estimates, ddof=1) / probes**0.5 if probes > 1 else jnp.full((), jnp.nan)
-        return jnp.mean(estimates), error
+        estimates = self.size * (self.weights * fn(self.values)).sum(axis=1)
+        probes, mean = estimates.shape[0], estimates.mean()
+        return mean, estimates.std(ddof=1) / probes**0.5 if probes > 1 else jnp.nan * mean
 
     def effective_dimension(self, damping: float | Array) -> tuple[Array, Array]:
-        r"""$\mathrm{tr}\, A (A + \lambda I)^{-1}$, how many directions the data determine, and its standard error."""
+        r"""$\mathrm{tr}\, A (A + \lambda I)^{-1}$, how many directions the data determine, and its standard error.
+
+        Args:
+          damping: $\lambda$.
+
+        Returns:
+          The estimate and its standard error, scalars.
+        """
         return self.trace_of(lambda values: values / (values + damping))
 
     def density(self, points: Array, width: float | Array) -> Array:
@@ -178,6 +193,11 @@ class Spectrum:
         return jnp.mean(jnp.sum(bumps * self.weights[None], axis=2), axis=1)
 
     def __repr__(self) -> str:
+        if any(_reprs.numbers(leaf) is None for leaf in jax.tree.leaves(self)):
+            return _reprs.call(self, _reprs.counted(self.size, "eigenvalue"), f"values {_reprs.array(self.values)}")
+        return jax.tree.map(np.asarray, self)._table()  # by numpy: nothing is compiled for a table
+
+    def _table(self) -> str:
         (high, high_error), (low, low_error) = self.largest, self.smallest
         lines = [
             f"{self.size:,} eigenvalues, from {float(low):.3g} (± {float(low_error):.1g}) to {float(high):.3g} "
@@ -201,11 +221,17 @@ class Spectrum:
 def spectrum(op: LinearOperator, steps: int = 60, *, key: Key, probes: int = 1) -> Spectrum:
     r"""Ritz values of an operator: extreme eigenvalues, density, effective dimension, a guide to the damping.
 
+    Lanczos: $A Q_m = Q_m T_m + \beta_m q_{m+1} e_m^\top$ from a random $q_1$. Eigenpairs $(\theta_j, w_j)$ of the
+    tridiagonal $T_m$ give Ritz values $\theta_j$, residuals $\beta_m |w_{mj}|$ and weights $w_{1j}^2$.
+
     Args:
       op: The operator.
       steps: Products per probe, at most the number of parameters.
       key: For the random starts.
       probes: Random starts; two or more give standard errors.
+
+    Returns:
+      A `Spectrum`, arrays `(probes, steps)`; print it.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form.

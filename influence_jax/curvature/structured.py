@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from .. import blocks, tree
+from .. import _reprs, blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, set_field
 from .._typing import Array, Key, PyTree
@@ -20,7 +20,10 @@ class Identity(LinearOperator):
     r"""The identity, $v \mapsto v$; as the inverse in `Influence` it gives gradient similarity.
 
     Args:
-      params: Defines the space.
+      params: Defines the space, leaves `(*leaf)`.
+
+    Raises:
+      TypeError: If a leaf is no array of real floating numbers.
 
     Example:
       >>> import influence_jax as ij
@@ -85,7 +88,10 @@ class Diagonal(LinearOperator):
     r"""A diagonal operator, $v \mapsto d \odot v$.
 
     Args:
-      tree: The diagonal, shaped like the parameters.
+      tree: The diagonal, shaped like the parameters, leaves `(*leaf)`.
+
+    Raises:
+      TypeError: If a leaf is no array of real floating numbers.
 
     Example:
       >>> import influence_jax as ij
@@ -201,6 +207,9 @@ class LowRank(LinearOperator):
     @property
     def space(self) -> PyTree:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.basis)
+
+    def __repr__(self) -> str:
+        return _reprs.call(self, _reprs.parameters(self.basis, stacked=True), f"rank {_reprs.first(self.values)}")
 
 
 @compiled

@@ -19,28 +19,51 @@ Numbers that are known when a function is called are checked; inside of `jit`, s
 """
 
 from .intervals import (
-    Interval as Interval,
-    Summary as Summary,
-    bootstrap as bootstrap,
-    lds_summary as lds_summary,
+    Interval,
+    Summary,
+    bootstrap,
+    lds_summary,
 )
 from .rankings import (
-    DiscoveryCurve as DiscoveryCurve,
-    auc as auc,
-    discovery_curve as discovery_curve,
-    precision_at_k as precision_at_k,
-    rank_stability as rank_stability,
-    recall_at_k as recall_at_k,
-    reciprocal_rank as reciprocal_rank,
-    top_k_overlap as top_k_overlap,
+    DiscoveryCurve,
+    auc,
+    discovery_curve,
+    precision_at_k,
+    rank_stability,
+    recall_at_k,
+    reciprocal_rank,
+    top_k_overlap,
 )
-from .ranks import correlation as correlation
+from .ranks import correlation
 from .retraining import (
-    brittleness as brittleness,
-    lds as lds,
-    own_outcomes as own_outcomes,
-    predicted_changes as predicted_changes,
-    removal_masks as removal_masks,
-    seed_agreement as seed_agreement,
-    seed_ceiling as seed_ceiling,
+    brittleness,
+    lds,
+    own_outcomes,
+    predicted_changes,
+    removal_masks,
+    seed_agreement,
+    seed_ceiling,
 )
+
+__all__ = [
+    "DiscoveryCurve",
+    "Interval",
+    "Summary",
+    "auc",
+    "bootstrap",
+    "brittleness",
+    "correlation",
+    "discovery_curve",
+    "lds",
+    "lds_summary",
+    "own_outcomes",
+    "precision_at_k",
+    "predicted_changes",
+    "rank_stability",
+    "recall_at_k",
+    "reciprocal_rank",
+    "removal_masks",
+    "seed_agreement",
+    "seed_ceiling",
+    "top_k_overlap",
+]

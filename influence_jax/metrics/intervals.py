@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import tree
+from .. import _reprs, tree
 from .._mesh import compiled
-from .._typing import Array, Key, PyTree
+from .._typing import Array, ArrayLike, Key, PyTree
 from ..batching import as_batch, check_key, check_positive, chunk_for, map_over
 from .checks import check_least, check_level, check_method
 from .ranks import correlate, resampled_correlation
@@ -24,26 +24,42 @@ class Interval(NamedTuple):
     """Where a number is likely to be.
 
     Attributes:
-      low: Lower end.
-      high: Upper end.
+      low: Lower end, shaped like the number, `(...)`.
+      high: Upper end, `(...)`.
+
+    Example:
+      >>> Interval(jnp.array(0.25), jnp.array(0.5))
+      Interval(low 0.25, high 0.5)
     """
 
     low: Array
     high: Array
+
+    def __repr__(self) -> str:
+        return _reprs.call(self, f"low {_reprs.span(self.low, 3)}", f"high {_reprs.span(self.high, 3)}")
 
 
 class Summary(NamedTuple):
     """A mean over queries, and how sure it is.
 
     Attributes:
-      mean: Over queries.
+      mean: Over queries; scalar.
       over_queries: What other queries would have given, with the same subsets; NaN for a single query.
       over_subsets: What other subsets would have given, for the same queries.
+
+    Example:
+      >>> ends = Interval(jnp.array(0.25), jnp.array(0.5))
+      >>> Summary(jnp.array(0.375), over_queries=ends, over_subsets=ends).mean.item()
+      0.375
     """
 
     mean: Array
     over_queries: Interval
     over_subsets: Interval
+
+    def __repr__(self) -> str:
+        intervals = (f"{name} {getattr(self, name)!r}" for name in ("over_queries", "over_subsets"))
+        return _reprs.call(self, f"mean {_reprs.span(self.mean, 3)}", *intervals)
 
 
 def mean(values: Array) -> Array:
@@ -59,10 +75,13 @@ def bootstrap(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> Interval:
-    """An interval for a statistic of independent rows, by the percentile bootstrap.
+    r"""An interval for a statistic of independent rows, by the percentile bootstrap.
 
     The statistic is taken of as many rows as there are, drawn with replacement, again and again; the interval holds the
     middle share `level` of what it was.
+
+    $[\hat F^{-1}(\tfrac{1 - c}{2}), \hat F^{-1}(\tfrac{1 + c}{2})]$ with $\hat F$ the distribution of the statistic
+    over resamples and c the level.
 
     Args:
       values: Rows, leaves `(n, ...)` with at least two: measures of queries, or e.g. a pair `(suspicion, flipped)`.
@@ -129,9 +148,9 @@ def _ends(level: float, found: Array) -> Array:
 
 
 def lds_summary(
-    scores: Array,
-    masks: Array,
-    outcomes: Array,
+    scores: ArrayLike,
+    masks: ArrayLike,
+    outcomes: ArrayLike,
     *,
     key: Key,
     method: str = "spearman",
@@ -166,6 +185,9 @@ def lds_summary(
       >>> mean, over_queries, over_subsets = ij.metrics.lds_summary(scores, masks, outcomes, key=keys[2])
       >>> round(float(mean), 3), round(float(over_subsets.low), 3)
       (1.0, 1.0)
+
+    Reference: Park et al. 2023, arXiv:2303.14186, section 2; Efron & Tibshirani 1993, An Introduction to the Bootstrap,
+    chapter 13.
     """
     check_method(method)
     _check_settings(key, resamples, level)

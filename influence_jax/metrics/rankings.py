@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .. import _reprs
 from .._mesh import compiled
-from .._typing import Array
+from .._typing import Array, ArrayLike
 from .checks import check_k, check_least, check_same, flags, numbers
 from .ranks import nan_where, places, ranks, share_in_top
 
@@ -20,13 +21,20 @@ class DiscoveryCurve(NamedTuple):
     Attributes:
       inspected: Share of all examples that are inspected, `(N + 1,)` from 0 to 1.
       found: Share of the mislabelled ones that are among them, `(N + 1,)` from 0 to 1.
+
+    Example:
+      >>> DiscoveryCurve(jnp.array([0.0, 0.5, 1.0]), jnp.array([0.0, 1.0, 1.0])).found.tolist()
+      [0.0, 1.0, 1.0]
     """
 
     inspected: Array
     found: Array
 
+    def __repr__(self) -> str:
+        return _reprs.call(self, f"{_reprs.array(self.found)}, found {_reprs.span(self.found)}")
 
-def auc(suspicion: Array, flipped: Array) -> Array:
+
+def auc(suspicion: ArrayLike, flipped: ArrayLike) -> Array:
     r"""Area under the receiver operating characteristic of a search for mislabelled examples.
 
     $\Pr(s_i > s_j) + \tfrac12 \Pr(s_i = s_j)$ for a mislabelled i and another j (Mann-Whitney); 1/2 is chance.
@@ -53,7 +61,7 @@ def auc(suspicion: Array, flipped: Array) -> Array:
     return _auc(*_suspects(suspicion, flipped))
 
 
-def _suspects(suspicion: Array, flipped: Array) -> tuple[Array, Array]:
+def _suspects(suspicion: ArrayLike, flipped: ArrayLike) -> tuple[Array, Array]:
     suspicion, flipped = numbers(suspicion, "suspicion", "(N,)"), flags(flipped, "flipped", "(N,)")
     check_same("flipped", flipped.shape, suspicion.shape, "one entry for each example of suspicion")
     return suspicion, flipped
@@ -67,8 +75,10 @@ def _auc(suspicion: Array, flipped: Array) -> Array:
     return nan_where(wrong * right == 0, (mean_rank - (wrong + 1) / 2) / right)
 
 
-def precision_at_k(suspicion: Array, flipped: Array, k: int) -> Array:
-    """Share of mislabelled examples among the k most suspicious.
+def precision_at_k(suspicion: ArrayLike, flipped: ArrayLike, k: int) -> Array:
+    r"""Share of mislabelled examples among the k most suspicious.
+
+    $\frac1k \sum_{i \in \mathrm{top}_k} f_i$ with $f_i$ one where the label is wrong.
 
     Args:
       suspicion: `(N,)`, high where a label is likely to be wrong, as for `auc`.
@@ -86,6 +96,8 @@ def precision_at_k(suspicion: Array, flipped: Array, k: int) -> Array:
       >>> import influence_jax as ij
       >>> float(ij.metrics.precision_at_k(jnp.array([0.9, 0.4, 0.4, 0.1]), jnp.array([True, True, False, False]), 2))
       0.75
+
+    Reference: Manning, Raghavan & Schütze 2008, Introduction to Information Retrieval, section 8.4.
     """
     suspicion, flipped = _suspects(suspicion, flipped)
     check_k(k, suspicion.size)
@@ -97,8 +109,10 @@ def _precision_at_k(suspicion: Array, flipped: Array, k: int) -> Array:
     return jnp.sum(share_in_top(suspicion, k) * flipped.astype(suspicion.dtype)) / k
 
 
-def discovery_curve(suspicion: Array, flipped: Array) -> DiscoveryCurve:
-    """Share of the mislabelled examples found against the share of all that are inspected, most suspicious first.
+def discovery_curve(suspicion: ArrayLike, flipped: ArrayLike) -> DiscoveryCurve:
+    r"""Share of the mislabelled examples found against the share of all that are inspected, most suspicious first.
+
+    At the share $k/N$ inspected: $\frac{1}{M} \sum_{i \in \mathrm{top}_k} f_i$ of the M mislabelled ones.
 
     Args:
       suspicion: `(N,)`, high where a label is likely to be wrong, as for `auc`.
@@ -134,8 +148,10 @@ def _discovery_curve(suspicion: Array, flipped: Array) -> DiscoveryCurve:
     return DiscoveryCurve(inspected, nan_where(jnp.any(jnp.isnan(suspicion)), found))
 
 
-def recall_at_k(scores: Array, relevant: Array, k: int) -> Array:
-    """Share of a query's relevant examples that are among its k highest scores.
+def recall_at_k(scores: ArrayLike, relevant: ArrayLike, k: int) -> Array:
+    r"""Share of a query's relevant examples that are among its k highest scores.
+
+    $|\mathrm{top}_k(q) \cap \mathrm{relevant}(q)| \,/\, |\mathrm{relevant}(q)|$.
 
     Args:
       scores: `(Q, N)`, high is relevant.
@@ -163,7 +179,7 @@ def recall_at_k(scores: Array, relevant: Array, k: int) -> Array:
     return _recall_at_k(scores, relevant, k)
 
 
-def _retrieved(scores: Array, relevant: Array) -> tuple[Array, Array]:
+def _retrieved(scores: ArrayLike, relevant: ArrayLike) -> tuple[Array, Array]:
     scores, relevant = numbers(scores, "scores", "(Q, N)"), flags(relevant, "relevant", "(Q, N)")
     check_same("relevant", relevant.shape, scores.shape, "that of scores")
     return scores, relevant
@@ -176,8 +192,10 @@ def _recall_at_k(scores: Array, relevant: Array, k: int) -> Array:
     return jnp.sum(shares * wanted, axis=1) / jnp.sum(wanted, axis=1)
 
 
-def reciprocal_rank(scores: Array, relevant: Array) -> Array:
-    """One over the place of a query's first relevant example; the mean over queries is the MRR.
+def reciprocal_rank(scores: ArrayLike, relevant: ArrayLike) -> Array:
+    r"""One over the place of a query's first relevant example; the mean over queries is the MRR.
+
+    $1 / \min\{\mathrm{rank}_q(i) : i \in \mathrm{relevant}(q)\}$, ranks from 1.
 
     Args:
       scores: `(Q, N)`, high is relevant.
@@ -209,8 +227,10 @@ def _reciprocal_rank(scores: Array, relevant: Array) -> Array:
     return nan_where(undefined, 1 / (1 + before).astype(scores.dtype))
 
 
-def top_k_overlap(a: Array, b: Array, k: int) -> Array:
-    """Share of a query's k highest scores that two methods, or two runs, have in common.
+def top_k_overlap(a: ArrayLike, b: ArrayLike, k: int) -> Array:
+    r"""Share of a query's k highest scores that two methods, or two runs, have in common.
+
+    $\frac1k |\mathrm{top}_k(a_q) \cap \mathrm{top}_k(b_q)|$.
 
     Args:
       a: `(Q, N)`.
@@ -229,6 +249,8 @@ def top_k_overlap(a: Array, b: Array, k: int) -> Array:
       >>> import influence_jax as ij
       >>> ij.metrics.top_k_overlap(jnp.array([[3.0, 2.0, 1.0, 0.0]]), jnp.array([[3.0, 0.0, 1.0, 2.0]]), 2).tolist()
       [0.5]
+
+    Reference: Fagin, Kumar & Sivakumar 2003, doi:10.1137/S0895480102412856.
     """
     a, b = numbers(a, "a", "(Q, N)"), numbers(b, "b", "(Q, N)")
     check_same("b", b.shape, a.shape, "that of a")
@@ -242,8 +264,10 @@ def _top_k_overlap(a: Array, b: Array, k: int) -> Array:
     return jnp.sum(in_a * in_b.astype(in_a.dtype), axis=1) / k
 
 
-def rank_stability(scores: Array) -> Array:
-    """How alike runs rank the examples: mean Spearman correlation over pairs of runs, for each query.
+def rank_stability(scores: ArrayLike) -> Array:
+    r"""How alike runs rank the examples: mean Spearman correlation over pairs of runs, for each query.
+
+    $\binom{R}{2}^{-1} \sum_{r < r'} \rho_s(s_{rq}, s_{r'q})$ with Spearman's $\rho_s$ over examples.
 
     Args:
       scores: `(R, Q, N)` of at least two runs, e.g. with other seeds, and at least three examples.
@@ -258,6 +282,8 @@ def rank_stability(scores: Array) -> Array:
       >>> import influence_jax as ij
       >>> ij.metrics.rank_stability(jnp.array([[[1.0, 2.0, 3.0]], [[1.0, 4.0, 9.0]]])).round(3).tolist()
       [1.0]
+
+    Reference: Spearman 1904, doi:10.2307/1412159.
     """
     scores = numbers(scores, "scores", "(R, Q, N)")
     check_least("scores", scores.shape[0], 2, "runs", "stability is between runs")

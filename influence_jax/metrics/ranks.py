@@ -10,11 +10,11 @@ from jax import lax
 
 from .. import tree
 from .._mesh import compiled
-from .._typing import Array
+from .._typing import Array, ArrayLike
 from .checks import check_least, check_method, check_same, numbers
 
 
-def correlation(predicted: Array, measured: Array, *, method: str = "spearman") -> Array:
+def correlation(predicted: ArrayLike, measured: ArrayLike, *, method: str = "spearman") -> Array:
     r"""Correlation along the leading axis, column by column.
 
     Pearson: $\frac{\sum_s (x_s - \bar x)(y_s - \bar y)}{\|x - \bar x\|\,\|y - \bar y\|}$.  Spearman: the same of ranks,
@@ -36,6 +36,8 @@ def correlation(predicted: Array, measured: Array, *, method: str = "spearman") 
       >>> predicted, measured = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 4.0, 9.0, 9.0])
       >>> round(float(ij.metrics.correlation(predicted, measured)), 3)
       0.949
+
+    Reference: Spearman 1904, doi:10.2307/1412159.
     """
     check_method(method)
     predicted, measured = numbers(predicted, "predicted"), numbers(measured, "measured")

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import tree
 from .._mesh import compiled
-from .._typing import Array, Key
+from .._typing import Array, ArrayLike, Key
 from ..batching import check_key, check_positive, map_over
 from .checks import check_least, check_method, check_same, flags, numbers
 from .ranks import check_rows, correlate
@@ -20,7 +20,7 @@ from .ranks import check_rows, correlate
 LARGEST_FIRST = {"helpful": -1, "harmful": 1}
 
 
-def predicted_changes(scores: Array, masks: Array) -> Array:
+def predicted_changes(scores: ArrayLike, masks: ArrayLike) -> Array:
     r"""What scores predict that training on a subset changes: $\frac1N \sum_{i \notin S_s} \tau_{qi}$.
 
     A positive score means that the example lowers what is measured of the query, so that leaving it out raises it.
@@ -41,6 +41,8 @@ def predicted_changes(scores: Array, masks: Array) -> Array:
       >>> import influence_jax as ij
       >>> ij.metrics.predicted_changes(jnp.array([[1.0, -3.0]]), jnp.array([[True, False], [False, True]])).tolist()
       [[-1.5], [0.5]]
+
+    Reference: Koh & Liang 2017, arXiv:1703.04730, section 2.1; of groups: Koh et al. 2019, arXiv:1905.13289.
     """
     scores, masks = numbers(scores, "scores", "(Q, N)"), flags(masks, "masks", "(S, N)")
     hint = f"one entry for each example of scores {scores.shape}; scores are (Q, N) and masks (S, N)"
@@ -53,7 +55,7 @@ def _predicted_changes(scores: Array, masks: Array) -> Array:
     return tree.gram((~masks).astype(scores.dtype), scores) / scores.shape[1]
 
 
-def lds(scores: Array, masks: Array, outcomes: Array, *, method: str = "spearman") -> Array:
+def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, method: str = "spearman") -> Array:
     r"""Linear datamodeling score of each query: do scores predict what training on subsets gives?
 
     $\mathrm{LDS}(q) = \rho_s\bigl(-\sum_{i \in S_s} \tau_{qi},\; f_q(\theta(S_s))\bigr)$, the rank correlation over
@@ -107,10 +109,13 @@ def over_seeds(outcomes: Array) -> Array:
     return outcomes if outcomes.ndim == 2 else jnp.mean(outcomes, axis=1)
 
 
-def seed_agreement(outcomes: Array, *, key: Key, splits: int = 20, method: str = "spearman") -> Array:
+def seed_agreement(outcomes: ArrayLike, *, key: Key, splits: int = 20, method: str = "spearman") -> Array:
     r"""How well half of the seeds predict the other half: correlation over subsets of their means.
 
     Averaged over random splits of the seeds into two disjoint halves of $\lfloor K/2 \rfloor$.
+
+    $\mathrm{corr}_s\bigl(\frac1h \sum_{k \in A} y_{skq}, \frac1h \sum_{k \in B} y_{skq}\bigr)$ with outcomes y of
+    halves A and B.
 
     Args:
       outcomes: `(S, K, Q)`, at least three subsets and two seeds.
@@ -129,6 +134,8 @@ def seed_agreement(outcomes: Array, *, key: Key, splits: int = 20, method: str =
       >>> without_noise = jnp.tile(jnp.arange(5.0)[:, None, None], (1, 4, 2))
       >>> ij.metrics.seed_agreement(without_noise, key=jax.random.key(0)).round(3).tolist()
       [1.0, 1.0]
+
+    Reference: Spearman 1910, Brown 1910, British Journal of Psychology 3.
     """
     check_method(method)
     check_positive(splits, "splits")
@@ -150,7 +157,7 @@ def _seed_agreement(outcomes: Array, key: Key, splits: int, method: str) -> Arra
     return jnp.mean(map_over(of_split, jax.random.split(key, splits), chunk=1), axis=0)
 
 
-def seed_ceiling(outcomes: Array, *, key: Key, splits: int = 20, method: str = "spearman") -> Array:
+def seed_ceiling(outcomes: ArrayLike, *, key: Key, splits: int = 20, method: str = "spearman") -> Array:
     r"""The highest LDS that the noise of the seeds allows: that of a method which predicts the mean over all seeds.
 
     From the agreement r of two halves of $h = \lfloor K/2 \rfloor$ seeds: $\sqrt{R}$ with
@@ -185,7 +192,7 @@ def seed_ceiling(outcomes: Array, *, key: Key, splits: int = 20, method: str = "
     return jnp.sqrt(more * agreement / (1 + (more - 1) * agreement))
 
 
-def removal_masks(scores: Array, counts: Sequence[int], *, remove: str = "helpful") -> Array:
+def removal_masks(scores: ArrayLike, counts: Sequence[int], *, remove: str = "helpful") -> Array:
     """Subsets without the most helpful, or most harmful, examples of each query.
 
     Train on them, e.g. `masks.reshape(-1, N)` for all queries at once, and look at `own_outcomes`.
@@ -226,7 +233,7 @@ def _counts(counts: Any) -> np.ndarray:
     return found
 
 
-def own_outcomes(outcomes: Array) -> Array:
+def own_outcomes(outcomes: ArrayLike) -> Array:
     """What was measured of each query after the removal of *its* examples.
 
     Less what was measured without removal, it is the counterfactual change: positive where the removal of helpful
@@ -258,8 +265,10 @@ def own_outcomes(outcomes: Array) -> Array:
     return jnp.einsum("qcq->qc", outcomes.reshape(queries, -1, queries))
 
 
-def brittleness(flipped: Array, counts: Sequence[int]) -> Array:
-    """The smallest number of removed examples that flips a query's prediction.
+def brittleness(flipped: ArrayLike, counts: Sequence[int]) -> Array:
+    r"""The smallest number of removed examples that flips a query's prediction.
+
+    $\min\{c : \mathrm{flipped}_{qc}\}$.
 
     Args:
       flipped: `(Q, C)`, whether the prediction differs after removing so many of the query's examples, e.g.

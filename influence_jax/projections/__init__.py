@@ -6,6 +6,15 @@ place of the leaf and the block of rows alone: they are drawn when they are need
 same on every device, under every sharding and chunk size, with 64-bit mode on or off.
 """
 
-from .base import Projection as Projection
-from .sides import TwoSided as TwoSided, two_sided as two_sided
-from .whole import OneSided as OneSided, gaussian as gaussian, rademacher as rademacher
+from .base import Projection
+from .sides import TwoSided, two_sided
+from .whole import OneSided, gaussian, rademacher
+
+__all__ = [
+    "OneSided",
+    "Projection",
+    "TwoSided",
+    "gaussian",
+    "rademacher",
+    "two_sided",
+]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import tree
+from .. import _reprs, tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
 from ..batching import as_batch, check_chunk, check_key, chunk_for, map_chunks
@@ -37,6 +37,12 @@ class Projection(abc.ABC):
       dim: Length of projected vectors.
       structure: Of the parameters.
       shapes: Of their leaves.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> projection = ij.projections.gaussian({"w": jnp.ones(30)}, 8, jax.random.key(0))
+      >>> projection.project({"w": jnp.ones((5, 30))}).shape, projection.manifest()["dim"]
+      ((5, 8), 8)
     """
 
     key: Key
@@ -119,17 +125,17 @@ class Projection(abc.ABC):
 
     @abc.abstractmethod
     def of_stack(self, stack: PyTree) -> Array:
-        """The map, traced and unchecked."""
+        """The map on `stack`, leaves `(N, *leaf)`, traced and unchecked."""
 
     def of_examples(self, objective: Objective | LossOnly, params: PyTree, batch: PyTree, chunk: int | None) -> Array:
-        """The map on gradients, traced and unchecked."""
+        """The map on gradients, traced and unchecked; arguments as those of `project_grads`."""
         gradients = partial(grads_of_chunk, objective, tree.promote(params))
         return map_chunks(
             lambda part: self.of_stack(gradients(part)), batch, chunk=chunk or chunk_for(tree.size(params))
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.kind}, {tree.size(self.space):,} parameters to {self.dim:,})"
+        return _reprs.call(self, self.kind, f"{_reprs.counted(tree.size(self.space), 'parameter')} to {self.dim:,}")
 
 
 def checked_params(params: PyTree) -> PyTree:

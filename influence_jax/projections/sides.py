@@ -22,9 +22,16 @@ from .base import KINDS, Projection, checked_key, checked_params, entries, joine
 class TwoSided(Projection):
     r"""A projection of each layer's inputs and outputs, $G \mapsto P_{in}^\top G\, P_{out}$.
 
+    Made by `two_sided`.
+
     Attributes:
       layers: How the parameters are arranged as matrices; static.
       sides: Length of a projected side, of inputs and of outputs; a side that is no longer is kept.
+
+    Example:
+      >>> loss = lambda params, z: jnp.sum((z @ params["w"]) ** 2)
+      >>> two_sided(loss, {"w": jnp.ones((20, 30))}, jnp.ones(20), (4, 8), jax.random.key(0)).widths
+      (32,)
     """
 
     layers: tuple[Layer, ...] = static()

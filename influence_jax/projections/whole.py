@@ -13,7 +13,15 @@ from .base import Projection, checked_key, checked_params, scaled, summed, times
 
 @dataclass
 class OneSided(Projection):
-    """A dense random matrix with independent entries, of which a block of rows exists at a time."""
+    """A dense random matrix with independent entries, of which a block of rows exists at a time.
+
+    Made by `rademacher` and `gaussian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rademacher({"w": jnp.ones(30)}, 8, jax.random.key(0)).widths
+      (8,)
+    """
 
     def of_stack(self, stack: PyTree) -> Array:
         parts = [

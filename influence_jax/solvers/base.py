@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import tree
+from .. import _reprs, tree
 from .._memory import SOLVE_KNOBS, memory_errors
 from .._mesh import compiled, laid_out_like, on_auto_axes
 from .._pytree import dataclass
@@ -31,6 +31,27 @@ class Solver(Protocol):
     A frozen pytree dataclass: numbers such as damping are leaves, what shapes the program is static.  `init` does what
     needs the operator only, `apply_many` solves for a stack of right-hand sides.
 
+    Raises:
+      TypeError, ValueError: In `invert`, if a setting is of the wrong kind or out of range.
+
+    Example:
+      >>> import dataclasses
+      >>> import influence_jax as ij
+      >>> @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass(frozen=True, repr=False)
+      ... class OneStep(ij.Solver):
+      ...     damping: float
+      ...
+      ...     def init(self, op, *, key=None):
+      ...         return None
+      ...
+      ...     def apply_many(self, state, V):
+      ...         ones = jnp.ones(len(jax.tree.leaves(V)[0]))
+      ...         info = ij.Info(jnp.int32(ones), jnp.nan * ones, ones > 0, jnp.nan * ones)
+      ...         return jax.tree.map(lambda v: v / self.damping, V), info
+      >>> inverse = ij.invert(ij.Identity({"w": jnp.ones(2)}), OneStep(2.0))
+      >>> inverse.solver, inverse.mv({"w": jnp.ones(2)})["w"].tolist()
+      (OneStep(damping=2.0), [0.5, 0.5])
     """
 
     @property
@@ -44,20 +65,25 @@ class Solver(Protocol):
         return False
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> PyTree:
-        """Whatever can be computed before the right-hand side is known."""
+        """Whatever can be computed before the right-hand side is known.
+
+        Args:
+          op: What is to be inverted.
+          key: For solvers and dampings that draw random numbers.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no init(op, *, key)")
 
     def apply_many(self, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
-        """Solve for every row of a stack, leaves `(K, *leaf)`; solutions are float32 or wider."""
+        """Solve for all rows of the stack `V`, leaves `(K, *leaf)`; `state` is `init`'s, solutions float32 or wider."""
         raise NotImplementedError(f"{type(self).__name__} has no apply_many(state, V)")
 
     def apply(self, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
-        """Solve for one vector, the K = 1 case of `apply_many`."""
+        """Solve for one vector `v` with the `state` of `init`, the K = 1 case of `apply_many`."""
         X, info = self.apply_many(state, tree.stack_of_one(v))
         return tree.only(X), jax.tree.map(lambda leaf: jnp.reshape(leaf, ()), info)
 
     def with_damping(self, state: PyTree, damping: Any, *, key: Key | None = None) -> tuple[Solver, PyTree]:
-        """The solver and its state at another damping, where that needs no new fit.
+        """The solver and its `state` at another `damping`, where that needs no new fit; `key` as in `init`.
 
         Raises:
           ValueError: If the state cannot serve another damping.
@@ -65,8 +91,11 @@ class Solver(Protocol):
         raise NotImplementedError(f"{type(self).__name__} has no with_damping(state, damping, *, key)")
 
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
-        """The inverses of the diagonal blocks that the solver treats apart; one block `""` unless it says otherwise."""
+        """The inverses of the diagonal blocks of `inverse` that are treated apart; one block `""` by default."""
         return OrderedDict({"": inverse})
+
+    def __repr__(self) -> str:
+        return _reprs.settings(self)
 
 
 def implicit_solve(
@@ -101,9 +130,18 @@ class Inverse(LinearOperator):
     Made by `invert`.
 
     Attributes:
-      op: The operator A.
+      op: The operator A, which maps vectors, leaves `(*leaf)`, or stacks of them, leaves `(K, *leaf)`.
       solver: How it is inverted.
       state: What the solver computed from A.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.Eigh(damping=1.0))
+      >>> inverse
+      Inverse(Diagonal(2 parameters), Eigh(damping=1.0))
+      >>> x, info = inverse.solve_many({"w": jnp.array([[2.0, 4.0]])})  # leaves (K, *leaf)
+      >>> x["w"].round(3).tolist(), info.converged.tolist()
+      ([[1.0, 1.0]], [True])
     """
 
     op: LinearOperator
@@ -202,7 +240,8 @@ class Inverse(LinearOperator):
         return self.op.on_host
 
     def __repr__(self) -> str:
-        return f"Inverse({self.op!r}, {self.solver!r})"
+        blocks = _reprs.counted(len(self.state), "block") if isinstance(self.state, dict) else ""  # as Blockwise has
+        return _reprs.call(self, repr(self.op), repr(self.solver), blocks)
 
 
 def check_solver(solver: object) -> None:

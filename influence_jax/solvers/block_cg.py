@@ -44,6 +44,10 @@ class BlockCG(Solver):
       max_steps: Most iterations; static.
       block_size: Most right-hand sides in one block, for the algebra within it grows with their cube; static.
 
+    Raises:
+      TypeError, ValueError: If an argument is not of that form; in `invert`, of a `RelativeDamping` if the mean
+        eigenvalue is not positive.
+
     Example:
       >>> import influence_jax as ij
       >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.BlockCG(damping=1.0))
@@ -86,9 +90,6 @@ class BlockCG(Solver):
 
     def with_damping(self, state: BlockCGState, damping: Any, *, key: Key | None = None) -> tuple[Any, BlockCGState]:
         return redamp(self, state, damping, key)
-
-    def __repr__(self) -> str:
-        return f"BlockCG(damping={self.damping}, rtol={self.rtol}, max_steps={self.max_steps})"
 
 
 class _Iterate(NamedTuple):

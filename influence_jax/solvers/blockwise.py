@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import tree
+from .. import _reprs, tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
+from .._words import name_of
 from ..blocks import as_blocks, by_layer, join, partition, select
 from ..curvature import LinearOperator, restrict
 from .base import Inverse, Solver, check_solver
@@ -110,8 +111,9 @@ class Blockwise(Solver):
         return inverse.state
 
     def __repr__(self) -> str:
-        solvers = dict(self.solver) if isinstance(self.solver, Mapping) else self.solver
-        return f"Blockwise({solvers!r}, blocks={getattr(self.blocks, '__name__', self.blocks)})"
+        solvers = list(dict.fromkeys(map(repr, self._solvers)))
+        told = " and ".join(solvers if len(solvers) < 3 else [solvers[0], f"{len(solvers) - 1} others"])
+        return _reprs.call(self, told, f"blocks={name_of(self.blocks)}")
 
 
 def _merge(infos: Sequence[Info], rhs: Sequence[Array], solutions: Sequence[Array]) -> Info:

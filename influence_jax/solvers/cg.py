@@ -46,6 +46,10 @@ class CG(Solver):
       preconditioner: A solver, fitted to the same operator, or a positive definite operator that approximates the
         inverse; None for none.
 
+    Raises:
+      TypeError, ValueError: If an argument is not of that form; in `invert`, of a `RelativeDamping` if the mean
+        eigenvalue is not positive.
+
     Example:
       >>> import influence_jax as ij
       >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(damping=1.0))
@@ -110,9 +114,6 @@ class CG(Solver):
 
     def with_damping(self, state: CGState, damping: Any, *, key: Key | None = None) -> tuple[CG, CGState]:
         return redamp(self, state, damping, key)
-
-    def __repr__(self) -> str:
-        return f"CG(damping={self.damping}, rtol={self.rtol}, max_steps={self.max_steps})"
 
 
 class _Iterate(NamedTuple):

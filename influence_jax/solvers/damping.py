@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import _reprs
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import check_positive
@@ -20,7 +21,7 @@ from ..curvature.capabilities import wide_dtype
 
 @dataclass
 class RelativeDamping:
-    """Damping as a multiple of the operator's mean eigenvalue, `factor * trace / size`.
+    r"""Damping as a multiple c of the operator's mean eigenvalue, $\lambda = c\,\mathrm{tr}(A) / P$ of P parameters.
 
     Args:
       factor: Non-negative number; 0.1 is common for Kronecker-factored curvature.
@@ -43,7 +44,7 @@ class RelativeDamping:
         check_number(self.factor, "factor")
 
     def __repr__(self) -> str:
-        return f"RelativeDamping({self.factor})"
+        return _reprs.call(self, _reprs.value(self.factor))
 
 
 def check_number(value: Any, name: str) -> None:

@@ -73,10 +73,16 @@ class Direct(Solver):
     Args:
       damping: $\lambda \ge 0$, or a `RelativeDamping`.
 
+    Raises:
+      TypeError, ValueError: If an argument is not of that form; in `invert`, of a `RelativeDamping` if the mean
+        eigenvalue is not positive.
+
     Example:
       >>> import influence_jax as ij
       >>> ij.invert(ij.Identity({"w": jnp.ones(2)}), ij.Direct(damping=1.0)).mv({"w": jnp.ones(2)})["w"].tolist()
       [0.5, 0.5]
+
+    Reference: Golub & Van Loan 2013, Matrix Computations, section 4.2.
     """
 
     damping: float | Array | RelativeDamping = 0.0
@@ -118,9 +124,6 @@ class Direct(Solver):
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
         return _inverses(inverse)
 
-    def __repr__(self) -> str:
-        return f"Direct(damping={self.damping})"
-
 
 @dataclass
 class Eigh(Solver):
@@ -132,11 +135,17 @@ class Eigh(Solver):
     Args:
       damping: $\lambda \ge 0$, or a `RelativeDamping`.
 
+    Raises:
+      TypeError, ValueError: If an argument is not of that form; in `invert`, of a `RelativeDamping` if the mean
+        eigenvalue is not positive.
+
     Example:
       >>> import influence_jax as ij
       >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.Eigh(damping=1.0))
       >>> inverse.with_damping(0.0).mv({"w": jnp.array([2.0, 3.0])})["w"].tolist()
       [2.0, 1.0]
+
+    Reference: Golub & Van Loan 2013, Matrix Computations, chapter 8.
     """
 
     damping: float | Array | RelativeDamping = 0.0
@@ -161,9 +170,6 @@ class Eigh(Solver):
 
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
         return _inverses(inverse)
-
-    def __repr__(self) -> str:
-        return f"Eigh(damping={self.damping})"
 
 
 def is_blocked(op: LinearOperator) -> bool:

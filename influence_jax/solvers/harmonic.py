@@ -82,6 +82,3 @@ class HarmonicMean(Solver):
 
     def with_damping(self, state: HarmonicState, damping: Any, *, key: Key | None = None) -> tuple[Any, HarmonicState]:
         return redamp(self, state, damping, key)
-
-    def __repr__(self) -> str:
-        return f"HarmonicMean(damping={self.damping})"

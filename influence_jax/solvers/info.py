@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tree
+from .. import _reprs, tree
 from .._typing import Array, PyTree
+from .._words import levels_inside
 from ..curvature import LinearOperator
-
-PACKAGE = str(pathlib.Path(__file__).parent.parent)
 
 
 class Info(NamedTuple):
@@ -30,6 +27,12 @@ class Info(NamedTuple):
       block: Which block, counted in `inverse.blocks`, went worst; 0 where there is only one; int32.
       standard_error: Of a randomised solution over its repeats, relative to its length: 0 where nothing is random, NaN
         from a single repeat.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> inverse = ij.invert(ij.Identity({"w": jnp.ones(2)}), ij.Direct(1.0))
+      >>> inverse.solve({"w": jnp.ones(2)})[1]
+      Info(converged, steps 0, min_curvature 2)
     """
 
     steps: Array
@@ -38,6 +41,20 @@ class Info(NamedTuple):
     min_curvature: Array
     block: Array | int = 0
     standard_error: Array | float = 0.0
+
+    def __repr__(self) -> str:
+        converged, block, error = map(_reprs.numbers, (self.converged, self.block, self.standard_error))
+        if converged is None:
+            outcome = f"converged {_reprs.array(self.converged)}"
+        elif converged.ndim:
+            outcome = f"{converged.sum()} of {converged.size} converged"
+        else:
+            outcome = "converged" if converged else "not converged"
+        told = {"steps": self.steps, "residual": self.residual, "min_curvature": self.min_curvature}
+        told |= {"block": self.block} if block is None or block.any() else {}
+        told |= {"standard_error": self.standard_error} if error is None or error.any() else {}
+        spans = {name: _reprs.span(field) for name, field in told.items()}
+        return _reprs.call(self, outcome, *(f"{name} {span}" for name, span in spans.items() if span))
 
 
 def solved(
@@ -81,21 +98,42 @@ def worst(infos: Sequence[Info]) -> Info | None:
 
 
 class ConvergenceWarning(UserWarning):
-    """Some solves did not converge, and what was computed from them cannot be relied on."""
+    """Some solves did not converge, and what was computed from them cannot be relied on.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(max_steps=1))
+      >>> influence = ij.Influence(lambda params, z: params["w"] @ z, {"w": jnp.ones(2)}, inverse)
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     scores = influence.influences(jnp.ones((1, 2)), jnp.ones((1, 2)))
+      >>> caught[0].category is ij.ConvergenceWarning
+      True
+    """
 
 
 class ConvergenceError(RuntimeError):
-    """Some solves did not converge, where `throw=True` asks for an error."""
+    """Some solves did not converge, where `throw=True` asks for an error.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(max_steps=1))
+      >>> influence = ij.Influence(lambda params, z: params["w"] @ z, {"w": jnp.ones(2)}, inverse, throw=True)
+      >>> influence.influences(jnp.ones((1, 2)), jnp.ones((1, 2)))
+      Traceback (most recent call last):
+      ...
+      influence_jax.solvers.info.ConvergenceError: ...1 of 1 solves did not converge...
+    """
 
 
 def report(info: Info | None, inverse: LinearOperator, throw: bool) -> None:
     """Warn or raise, on the host, about solves that did not converge; silent under tracing."""
-    if info is None or isinstance(info.converged, jax.core.Tracer) or bool(np.all(info.converged)):
+    if info is None or isinstance(info.converged, jax.core.Tracer) or np.asarray(info.converged).all():
         return
     message = f"{describe_failure(info, inverse)}; inverse.solve_many reports each"
     if throw:
         raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=_levels_inside())
+    warnings.warn(message, ConvergenceWarning, stacklevel=levels_inside())
 
 
 def describe_failure(info: Info, inverse: LinearOperator) -> str:
@@ -118,11 +156,3 @@ def describe_failure(info: Info, inverse: LinearOperator) -> str:
         f"{inverse!r}: {failed.sum()} of {failed.size} solves did not converge{in_blocks}{details}, so what is "
         f"computed from them cannot be relied on: {advice}"
     )
-
-
-def _levels_inside() -> int:
-    """Stack levels between the caller and the first frame outside this package, which a warning is about."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        level, frame = level + 1, frame.f_back
-    return level

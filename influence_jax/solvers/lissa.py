@@ -163,10 +163,6 @@ class LiSSA(Solver):
         scale = state.scale + HEADROOM * jnp.maximum(moved - state.damping, 0)
         return dataclasses.replace(self, damping=damping), state._replace(damping=moved, scale=scale)
 
-    def __repr__(self) -> str:
-        batches = "" if self.batch_size is None else f", batch_size={self.batch_size}, repeats={self.repeats}"
-        return f"LiSSA(damping={self.damping}, scale={self.scale}, depth={self.depth}{batches})"
-
 
 class _Chain(NamedTuple):
     """State of the series for K right-hand sides."""

@@ -73,9 +73,6 @@ class LowRankSolver(Solver):
     def with_damping(self, state: LowRankState, damping: Any, *, key: Key | None = None) -> tuple[Any, LowRankState]:
         return redamp(self, state, damping, key)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(damping={self.damping}, rank={self.rank})"
-
 
 def _check_rank(rank: int, op: LinearOperator) -> None:
     if rank > op.size:
@@ -108,8 +105,8 @@ class Arnoldi(LowRankSolver):
       >>> import influence_jax as ij
       >>> op = ij.Diagonal({"w": jnp.array([4.0, 1.0, 0.0])})
       >>> inverse = ij.invert(op, ij.Arnoldi(1.0, rank=2), key=jax.random.key(0))
-      >>> print(inverse.mv({"w": jnp.array([5.0, 2.0, 3.0])})["w"].round(3))
-      [1. 1. 3.]
+      >>> bool(jnp.allclose(inverse.mv({"w": jnp.array([5.0, 2.0, 3.0])})["w"], jnp.array([1.0, 1.0, 3.0])))
+      True
 
     Reference: Schioppa et al. 2022, arXiv:2112.03052.
     """
@@ -173,8 +170,8 @@ class Nystrom(LowRankSolver):
       >>> import influence_jax as ij
       >>> op = ij.Diagonal({"w": jnp.array([4.0, 1.0, 0.0])})
       >>> inverse = ij.invert(op, ij.Nystrom(1.0, rank=3), key=jax.random.key(0))
-      >>> print(inverse.mv({"w": jnp.array([5.0, 2.0, 3.0])})["w"].round(3))
-      [1. 1. 3.]
+      >>> bool(jnp.allclose(inverse.mv({"w": jnp.array([5.0, 2.0, 3.0])})["w"], jnp.array([1.0, 1.0, 3.0])))
+      True
 
     Reference: Frangella, Tropp & Udell 2023, arXiv:2110.02820, algorithm 2.1; Hataya & Yamada 2023, arXiv:2302.09726.
     """

@@ -88,9 +88,6 @@ class Jacobi(Solver):
     def with_damping(self, state: JacobiState, damping: Any, *, key: Key | None = None) -> tuple[Any, JacobiState]:
         return redamp(self, state, damping, key)
 
-    def __repr__(self) -> str:
-        return f"Jacobi(damping={self.damping}, probes={self.probes})"
-
 
 def _hutchinson(op: LinearOperator, probes: int, key: Key) -> PyTree:
     def one(probe_key: Key) -> PyTree:

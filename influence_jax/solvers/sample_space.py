@@ -73,9 +73,6 @@ class SampleSpace(Solver):
     ) -> tuple[Any, SampleSpaceState]:
         return redamp(self, state, damping, key)
 
-    def __repr__(self) -> str:
-        return f"SampleSpace(damping={self.damping})"
-
 
 def _root_weights(op: LinearOperator) -> Array:
     r"""$\Omega^{1/2}$ of every row, `(M,)`."""

@@ -31,6 +31,13 @@ class GradientStore(GrowingStore):
     checksum; whatever is missing or damaged is recomputed by a writer and refused to a reader.  Make one with `create`
     or `open`.
 
+    Args:
+      path: Its folder; nothing is created or read before `create` or `open`.
+
+    Raises:
+      ValueError: From `create`, if something else is there; from `open` and when reading, if the store is damaged.
+      FileNotFoundError: From `open`, if there is no store.
+
     Example:
       >>> import tempfile
       >>> import influence_jax as ij
@@ -94,6 +101,9 @@ class GradientStore(GrowingStore):
     def finished(self, train_block: int) -> str | None:
         """Fingerprint of the batch that a finished chunk was computed from; None if it is to be computed.
 
+        Args:
+          train_block: Which block of training examples.
+
         Raises:
           ValueError: If the store is not begun.
         """
@@ -133,6 +143,10 @@ class GradientStore(GrowingStore):
 
     def check_same(self, projection: Projection | None = None, params: PyTree = None) -> None:
         """Raise unless the gradients went through this projection, or were taken at these parameters.
+
+        Args:
+          projection: What they should have gone through; not compared if None.
+          params: Where they should have been taken; not compared if None.
 
         Raises:
           ValueError: Saying what differs.

@@ -20,6 +20,13 @@ class OutcomeStore(GrowingStore):
     `retrain` returns.  A group of runs counts once it is written, durable and in the ledger with a checksum; whatever
     is missing or damaged is recomputed by a writer and refused to a reader.  Make one with `create` or `open`.
 
+    Args:
+      path: Its folder; nothing is created or read before `create` or `open`.
+
+    Raises:
+      ValueError: From `create`, if something else is there; from `open` and when reading, if the store is damaged.
+      FileNotFoundError: From `open`, if there is no store.
+
     Example:
       >>> import tempfile
       >>> path = tempfile.mkdtemp() + "/outcomes"
@@ -71,11 +78,14 @@ class OutcomeStore(GrowingStore):
         self._begin({**manifest, **sizes, "chosen": self.recorded("chosen")}, 0)
 
     def recorded(self, name: str) -> Any:
-        """An entry of the manifest, None where there is none."""
+        """The entry `name` of the manifest, None where there is none."""
         return self._manifest.get(name)
 
     def choose(self, way: str) -> None:
         """Record which of several ways to compute was found fastest, for those who continue.
+
+        Args:
+          way: Its name.
 
         Raises:
           ValueError: If the store is not begun.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tree
+from .. import _reprs, tree
 from .._typing import Array
 
 
@@ -18,11 +18,21 @@ from .._typing import Array
 class ProjectedInverse:
     """An inverse of a block-diagonal matrix on projected vectors; made by `GradientStore.inverse`.
 
+    Called with vectors `(Q, dim)`, it gives vectors `(Q, dim)`.
+
     Attributes:
       moments: The blocks, without damping.
       damping: What was added to them.
       examples: How many examples they are of.
       factors: Their Cholesky factors, in float64 where the hardware has it.
+
+    Raises:
+      ValueError: When called, if the vectors are not of that shape.
+
+    Example:
+      >>> inverse = ProjectedInverse.of((3 * jnp.eye(2),), damping=1.0, examples=5)
+      >>> inverse, inverse(jnp.ones((1, 2))).tolist()
+      (ProjectedInverse(2, 5 examples, damping=1.0), [[0.25, 0.25]])
     """
 
     moments: tuple[Array, ...]
@@ -33,6 +43,11 @@ class ProjectedInverse:
     @classmethod
     def of(cls, moments: tuple[Array, ...], damping: float, examples: int) -> ProjectedInverse:
         """Factor the blocks.
+
+        Args:
+          moments: The blocks, `(dim, dim)` each.
+          damping: What is added to them, not negative.
+          examples: How many examples they are of.
 
         Raises:
           ValueError: If the damping is negative or no number, or a damped block is singular.
@@ -75,7 +90,7 @@ class ProjectedInverse:
 
     def __repr__(self) -> str:
         widths = " + ".join(str(len(moment)) for moment in self.moments[:4]) + " + ..." * (len(self.moments) > 4)
-        return f"ProjectedInverse({widths}, {self.examples} examples, damping={self.damping})"
+        return _reprs.call(self, widths, _reprs.counted(self.examples, "example"), damping=self.damping)
 
 
 def check_damping(damping: Any) -> None:

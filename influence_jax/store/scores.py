@@ -25,6 +25,15 @@ class ScoreStore(GrowingStore):
     A chunk counts once it is written, durable and in the ledger with a checksum; whatever is missing or damaged is
     recomputed by a writer and refused to a reader.  Make one with `create` or `open`.
 
+    Positive scores are helpful.
+
+    Args:
+      path: Its folder; nothing is created or read before `create` or `open`.
+
+    Raises:
+      ValueError: From `create`, if something else is there; from `open` and when reading, if the store is damaged.
+      FileNotFoundError: From `open`, if there is no store.
+
     Example:
       >>> import tempfile
       >>> path = tempfile.mkdtemp() + "/scores"
@@ -92,6 +101,10 @@ class ScoreStore(GrowingStore):
     def finished(self, query_block: int, train_block: int) -> str | None:
         """Fingerprint of the batch that a finished chunk was computed from; None if it is to be computed.
 
+        Args:
+          query_block: Which block of queries.
+          train_block: Which block of training examples.
+
         Raises:
           ValueError: If the store is not begun.
         """
@@ -136,6 +149,10 @@ class ScoreStore(GrowingStore):
 
     def save_factors(self, query_block: int, factors: PyTree) -> None:
         """Keep the factors of a block of queries; of several processes the first does.
+
+        Args:
+          query_block: Which block of queries.
+          factors: Leaves `(rows, *leaf)`.
 
         Raises:
           OSError: If they cannot be written.

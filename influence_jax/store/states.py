@@ -82,8 +82,9 @@ def load(path: str | os.PathLike, like: PyTree) -> PyTree:
 
     Args:
       path: Its folder.
-      like: A tree of the same structure, shapes and dtypes, concrete or abstract (from `jax.eval_shape`).  Arrays come
-        back with the shardings of its leaves, on the default device where they have none.
+      like: A tree of the same structure, leaves `(*leaf)` of the same shapes and dtypes, concrete or abstract (from
+        `jax.eval_shape`).  Arrays come back with the shardings of its leaves, on the default device where they have
+        none.
 
     Returns:
       The state, in the structure of `like`.
@@ -91,6 +92,14 @@ def load(path: str | os.PathLike, like: PyTree) -> PyTree:
     Raises:
       FileNotFoundError: If no finished state is there.
       ValueError: If the state is damaged, or is not like `like`.
+
+    Example:
+      >>> import tempfile
+      >>> path = tempfile.mkdtemp() + "/factors"
+      >>> factors = {"w": np.ones((2, 3), np.float32)}  # leaves (Q, *leaf)
+      >>> save(path, factors)
+      >>> load(path, factors)["w"].shape
+      (2, 3)
     """
     path = Path(path).absolute()
     record = _read_description(path)

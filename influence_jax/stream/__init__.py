@@ -1,19 +1,38 @@
 """Host loops over data that need not fit in memory: any re-iterable of batches is a loader."""
 
 from .averages import (
-    Averaging as Averaging,
-    ChunkAveraging as ChunkAveraging,
-    PointAveraging as PointAveraging,
-    accumulate as accumulate,
+    Averaging,
+    ChunkAveraging,
+    PointAveraging,
+    accumulate,
 )
-from .gradients import gradients as gradients
-from .inverse import invert as invert
-from .kronecker import ekfac as ekfac, kfac as kfac
-from .operators import Streamed as Streamed, operator as operator
-from .processes import connect as connect, share as share
+from .gradients import gradients
+from .inverse import invert
+from .kronecker import ekfac, kfac
+from .operators import Streamed, operator
+from .processes import connect, share
 from .scores import (
-    influence_factors as influence_factors,
-    scores as scores,
-    self_influences as self_influences,
-    top_k as top_k,
+    influence_factors,
+    scores,
+    self_influences,
+    top_k,
 )
+
+__all__ = [
+    "Averaging",
+    "ChunkAveraging",
+    "PointAveraging",
+    "Streamed",
+    "accumulate",
+    "connect",
+    "ekfac",
+    "gradients",
+    "influence_factors",
+    "invert",
+    "kfac",
+    "operator",
+    "scores",
+    "self_influences",
+    "share",
+    "top_k",
+]

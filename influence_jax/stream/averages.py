@@ -10,14 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
-from .._progress import track
+from .._progress import closing_bars, track
 from .._typing import Array, PyTree
 from ..batching import batch_size
 from .loaders import count_batches, is_batch, owned, reiterable
 
 
 class Averaging(Protocol):
-    """How much a batch counts in an average."""
+    """How much a batch counts in an average.
+
+    Example:
+      >>> class ByTokens:
+      ...     def weight(self, batch):
+      ...         return float(batch["length"].sum())
+      >>> batches = [{"length": jnp.array([1, 2])}, {"length": jnp.array([3])}]
+      >>> accumulate(lambda batch: batch["length"].max(), batches, ByTokens()).item()
+      2.5
+    """
 
     def weight(self, batch: PyTree) -> float:
         """The weight of a batch."""
@@ -28,13 +37,16 @@ class Averaging(Protocol):
 class PointAveraging:
     """Every example counts alike, so a batch counts by its length.
 
+    Raises:
+      ValueError: From `weight`, if the batch is malformed.
+
     Example:
       >>> PointAveraging().weight({"x": jnp.ones((3, 2))})
       3.0
     """
 
     def weight(self, batch: PyTree) -> float:
-        """The number of examples."""
+        """The number of examples in `batch`."""
         return float(batch_size(batch, "batch"))
 
 
@@ -48,16 +60,17 @@ class ChunkAveraging:
     """
 
     def weight(self, batch: PyTree) -> float:
-        """One."""
+        """One, whatever the `batch`."""
         return 1.0
 
 
+@closing_bars()
 def accumulate(
     fn: Callable[[PyTree], PyTree],
     loader: Iterable[PyTree],
     averaging: Averaging | None = None,
     *,
-    progress: bool = False,
+    progress: bool = True,
 ) -> PyTree:
     r"""Weighted mean of a function over batches, $\sum_b w_b f(b) / \sum_b w_b$, divided once at the end.
 
@@ -89,9 +102,10 @@ def accumulate(
             f"loader: got one batch, a {type(loader).__name__}; expected an iterable of batches, e.g. [batch]"
         )
     total, mass = None, 0.0
+    count = len(loader) if isinstance(loader, list | tuple) else count_batches(loader)  # arrays in a list are batches
     if not isinstance(loader, list | tuple):
         loader = reiterable(loader, "loader")
-    for item in track(loader, "batches", count_batches(loader), show=progress):
+    for item in track(loader, "average", count, show=progress):
         batch = jax.tree.map(jnp.asarray, owned(item, "loader"))
         weight = averaging.weight(batch)
         part = jax.tree.map(lambda x, w=weight: w * _floating(x), fn(batch))

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import tree
 from .._memory import memory_errors
+from .._progress import closing_bars
 from .._typing import LossFunction, PyTree
 from ..objective import Objective, as_objective
 from ..projections import Projection
+from ..store.gradients import GradientStore
 from .loaders import Block, Blocks
 from .processes import together
 from .tables import Shares, check_sink, describe_gradients
 
 
 @memory_errors("stream.gradients")
+@closing_bars()
 def gradients(
     objective: Objective | LossFunction,
     params: PyTree,
     loader: Iterable[PyTree],
     projection: Projection,
-    sink: Any,
+    sink: GradientStore,
     progress: bool = True,
     *,
     batch_size: int | None = None,
     sharding: jax.sharding.Sharding | None = None,
     chunk: int | None = None,
-) -> Any:
+) -> GradientStore:
     r"""Projected gradient $R^\top\nabla\ell_i$ of every example of a loader, kept for queries to come.
 
     The same call continues where it was interrupted.  `sink.scores(factors, projection)` then scores any queries in
@@ -65,7 +67,7 @@ def gradients(
     """
     objective, params = as_objective(objective), tree.check_params(params)
     check_sink(sink, "gradients", "GradientStore")
-    blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+    blocks = Blocks(loader, "loader", batch_size, sharding, "gradients" if progress else None)
     shares, manifest = Shares(blocks), describe_gradients("projected gradients", objective, params)
     options = {"projection": projection, "train_rows": shares.rows, "dtype": manifest["dtype"]}
     waiting: tuple[Block, jax.Array] | None = None

@@ -10,6 +10,7 @@ import jax
 from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
+from .._progress import closing_bars
 from .._typing import Key, LossFunction, PyTree
 from ..capture import MAX_SIDE
 from ..curvature import EmpiricalFisher, Kronecker
@@ -21,6 +22,7 @@ from .loaders import Block, Blocks, paced
 
 
 @memory_errors("stream.kfac")
+@closing_bars()
 def kfac(
     objective: Objective | LossFunction,
     params: PyTree,
@@ -33,7 +35,7 @@ def kfac(
     chunk: int | None = None,
     batch_size: int | None = None,
     sharding: jax.sharding.Sharding | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Kronecker:
     r"""`influence_jax.kfac` of a loader, in one pass; memory does not grow with the number of examples.
 
@@ -67,10 +69,11 @@ def kfac(
     Reference: Martens & Grosse 2015, arXiv:1503.05671.
     """
     fit = _Fit(objective, params, loader, as_recipe(objective, labels, mask, max_side), key, chunk)
-    return fit.run(batch_size, sharding, progress, eigenvalues=False)
+    return fit.run(batch_size, sharding, "K-FAC" if progress else None, eigenvalues=False)
 
 
 @memory_errors("stream.ekfac")
+@closing_bars()
 def ekfac(
     objective: Objective | LossFunction,
     params: PyTree,
@@ -83,7 +86,7 @@ def ekfac(
     chunk: int | None = None,
     batch_size: int | None = None,
     sharding: jax.sharding.Sharding | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Kronecker:
     r"""`influence_jax.ekfac` of a loader, in two passes; memory does not grow with the number of examples.
 
@@ -117,7 +120,7 @@ def ekfac(
     Reference: George et al. 2018, arXiv:1806.03884; Grosse et al. 2023, arXiv:2308.03296.
     """
     fit = _Fit(objective, params, loader, as_recipe(objective, labels, mask, max_side), key, chunk)
-    return fit.run(batch_size, sharding, progress, eigenvalues=True)
+    return fit.run(batch_size, sharding, "EK-FAC" if progress else None, eigenvalues=True)
 
 
 class _Fit:
@@ -139,11 +142,11 @@ class _Fit:
         self,
         batch_size: int | None,
         sharding: jax.sharding.Sharding | None,
-        progress: bool,
+        bar: str | None,
         *,
         eigenvalues: bool,
     ) -> Kronecker:
-        blocks = Blocks(self.loader, "loader", batch_size, sharding, progress)
+        blocks = Blocks(self.loader, "loader", batch_size, sharding, bar)
         total = reduce(_added, paced(_moments(self._fisher(block), self.recipe) for block in blocks))
         fitted = _eigenbases(self.params, total)
         if eigenvalues:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import tree
-from .._progress import track
+from .._progress import bar
 from .._typing import Array, PyTree
 from ..batching import Batch, batch_size, check_batch, check_finite, check_positive, describe
 from ..store.files import fingerprint
@@ -185,7 +185,7 @@ class Blocks:
       rows: Examples per block, over all processes; as many as the first batches have if None, for arrays given whole
         at most 512.
       sharding: Where each block goes; the default device if None.
-      progress: Whether to show a bar over the loader's batches.
+      bar: What to write beside the bar of each pass; no bars if None.
     """
 
     def __init__(
@@ -194,12 +194,12 @@ class Blocks:
         name: str,
         rows: int | None = None,
         sharding: jax.sharding.Sharding | None = None,
-        progress: bool = False,
+        bar: str | None = None,
     ) -> None:
-        self.name, self.sharding, self.progress = name, sharding, progress
-        whole = is_batch(data)
+        self.name, self.sharding, self.bar = name, sharding, bar
+        self._passes = self._read = 0
+        self._whole = whole = is_batch(data)
         self._data = data if whole else reiterable(data, name)
-        self._whole = whole
         if rows is not None:
             check_positive(rows, "batch_size")
         shards = 1 if sharding is None else shard_count(sharding, name)
@@ -234,9 +234,24 @@ class Blocks:
         Raises:
           ValueError: If the loader is empty, or gives another number of examples than before.
         """
-        waiting: deque[Block] = deque()
+        self._passes += self.bar is not None
+        note = f"pass {self._passes}" if self._passes > 1 else ""
+        items = len(self._starts()) if self._whole else count_batches(self._data)
+        with bar(self.bar or "", items, show=self.bar is not None) as advance:
+            advance(0, note)
+            for block, read in self._ahead():
+                yield block
+                del block  # its memory is free while the next is read
+                advance(read, note)
+
+    def _ahead(self) -> Iterator[tuple[Block, int]]:
+        """Blocks, and how many items of the loader were read for each; the next are on their way already."""
+        waiting: deque[tuple[Block, int]] = deque()
+        self._read = 0
         for block in self._placed():
-            waiting.append(block)
+            waiting.append((block, self._read))
+            self._read = 0
+            del block
             if len(waiting) > AHEAD:
                 yield waiting.popleft()
         yield from waiting
@@ -303,17 +318,21 @@ class Blocks:
             return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.sharding, x, shape(x)), part)
         return jax.device_put(jax.tree.map(jnp.asarray, part) if self.sharding is None else part, self.sharding)
 
+    def _starts(self) -> range:
+        """Where the pieces of arrays given whole begin."""
+        return range(0, batch_size(self._data, self.name), self._share)
+
     def _cut(self) -> Iterator[PyTree]:
         """Pieces of as many examples as this process feeds, the last one shorter."""
         if self._whole:
-            total = batch_size(self._data, self.name)
-            starts = track(range(0, total, self._share), self.name, show=self.progress)
-            for start in starts:
-                yield checked(_rows(self._data, start, min(start + self._share, total)), self.name)
+            for start in (starts := self._starts()):
+                self._read += 1
+                yield checked(_rows(self._data, start, min(start + self._share, starts.stop)), self.name)
             return
         held: list[PyTree] = []
         size, first = 0, None
-        for item in track(self._data, self.name, count_batches(self._data), show=self.progress):
+        for item in self._data:
+            self._read += 1
             if _is_empty(item):
                 continue
             batch = owned(item, self.name)

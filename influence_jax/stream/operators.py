@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import blocks, tree
+from .. import _reprs, blocks, tree
 from .._mesh import compiled
+from .._progress import closing_bars
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
+from .._words import name_of
 from ..bounds import lower_bound
 from ..curvature import Identity, LinearOperator, Scaled, Sum
 from ..curvature.capabilities import diagonal, restrict, to_dense, trace, wide_dtype
@@ -41,6 +43,15 @@ class Streamed(LinearOperator):
       curvature: `(objective, params, batch) -> LinearOperator`; static.
       source: The loader; static, compared by identity.
       block: Names of the leaves it is restricted to; all if None; static.
+      psd: Whether the operators are known to be positive semi-definite; static.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> from influence_jax.stream.loaders import Blocks
+      >>> f, loader = lambda params, z: 0.5 * (params["w"] * z) ** 2, [jnp.array([1.0, 2.0]), jnp.array([4.0])]
+      >>> op = operator(ij.Hessian, f, {"w": jnp.array(1.0)}, Blocks(loader, "loader"))
+      >>> op, op.mv({"w": jnp.array(1.0)})["w"].item()
+      (Streamed(Hessian, 1 parameter), 7.0)
     """
 
     objective: Objective | LossOnly | LossFunction
@@ -82,6 +93,7 @@ class Streamed(LinearOperator):
             op = self.curvature(self.objective, self.params, batch)
         return op if self.block is None else restrict(op, self.block)
 
+    @closing_bars()
     def _mean(self, product: Callable[..., PyTree], *arguments: Any) -> PyTree:
         """The mean of something linear in the operator."""
         sums = paced(_sums(op, count, arguments, product) for op, count in self.parts())
@@ -91,12 +103,35 @@ class Streamed(LinearOperator):
         return _divided(total)
 
     def __repr__(self) -> str:
-        name = getattr(getattr(self.curvature, "func", self.curvature), "__name__", repr(self.curvature))
-        return f"Streamed({name}, {self.size:,} parameters)"
+        return _reprs.call(self, name_of(self.curvature), _reprs.parameters(self.space))
 
 
 def operator(curvature: Curvature, objective: Objective | LossFunction, params: PyTree, source: Blocks) -> Streamed:
-    """Curvature over a loader, after trying it on the first block."""
+    """Curvature over a loader, after trying it on the first block.
+
+    `stream.invert` inverts it.
+
+    Args:
+      curvature: `(objective, params, batch) -> LinearOperator`, e.g. `GGN` or `partial(GGN, chunk=64)`.
+      objective: Loss of one example.
+      params: Leaves `(*leaf)`.
+      source: The loader, as `influence_jax.stream.loaders.Blocks`.
+
+    Returns:
+      A `Streamed`.
+
+    Raises:
+      TypeError: If `curvature` returns no operator.
+      ValueError: If the operators are of another space, or of data that are not the batch's.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> from influence_jax.stream.loaders import Blocks
+      >>> f, data = lambda params, z: 0.5 * (params["w"] * z) ** 2, jnp.array([1.0, 2.0, 4.0])
+      >>> operator(ij.GGN, ij.Objective(lambda p, z: p["w"] * z, lambda out, z: out**2), {"w": jnp.array(1.0)},
+      ...          Blocks(data, "loader", rows=2))
+      Streamed(GGN, 1 parameter)
+    """
     params, objective = tree.check_params(params), as_objective(objective)
     op = Streamed(objective, params, curvature, source)
     first, _ = next(op.parts())

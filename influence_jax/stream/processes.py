@@ -31,6 +31,12 @@ def connect(
     Raises:
       ValueError: If the timeout is not a positive number.
       RuntimeError: If the others are not reached, or JAX is in use already.
+
+    Example:
+      >>> connect(timeout=0)
+      Traceback (most recent call last):
+      ...
+      ValueError: timeout: got 0, expected a positive number of seconds
     """
     if not isinstance(timeout, int | float) or not timeout > 0:
         raise ValueError(f"timeout: got {timeout}, expected a positive number of seconds")

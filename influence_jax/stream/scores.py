@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,43 @@ import numpy as np
 from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
+from .._progress import closing_bars
 from .._typing import Array, PyTree
 from ..batching import check_finite, check_positive
 from ..curvature import Identity
 from ..influence import Influence, _up, self_solved
 from ..scoring import Best, TopK, merge_best
 from ..solvers import report
+from ..store.scores import ScoreStore
 from .loaders import Block, Blocks, is_batch, paced
 from .processes import to_host, together
 from .tables import Memory, Stored, Table, check_sink, describe
 
 
+@overload
+def scores(
+    influence: Influence,
+    query: Any,
+    loader: Iterable[PyTree],
+    sink: None = None,
+    progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> np.ndarray: ...
+@overload
+def scores(
+    influence: Influence,
+    query: Any,
+    loader: Iterable[PyTree],
+    sink: ScoreStore,
+    progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> ScoreStore: ...
 @memory_errors("stream.scores")
+@closing_bars()
 def scores(
     influence: Influence,
     query: Any,
@@ -40,6 +65,8 @@ def scores(
 
     One solve per query; then one pass over the loader for each block of queries.  With a store as sink the factors
     and every finished block are kept, and the same call continues where it was interrupted, whatever interrupted it.
+
+    Positive: training on the example lowers the query's loss, as everywhere.
 
     Args:
       influence: Objective, parameters and inverse; the inverse may read a loader itself (`stream.invert`).
@@ -70,7 +97,7 @@ def scores(
     """
     _check_influence(influence)
     queries, count = _queries(query)
-    blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+    blocks = Blocks(loader, "loader", batch_size, sharding, "scores" if progress else None)
     with together(), _table(sink, "scores", influence, queries, count, blocks) as table:
         losses = _without_inverse(influence)
         for row, block in enumerate(queries):
@@ -80,6 +107,7 @@ def scores(
 
 
 @memory_errors("stream.influence_factors")
+@closing_bars()
 def influence_factors(influence: Influence, query: Any, progress: bool = True) -> PyTree:
     r"""Factors $P\,\nabla f_q$ of every query of a loader, leaves `(Q, *leaf)`; as `Influence.influence_factors`.
 
@@ -103,12 +131,33 @@ def influence_factors(influence: Influence, query: Any, progress: bool = True) -
       [1.0, 4.0, 9.0]
     """
     _check_influence(influence)
-    blocks = Blocks(query, "query", progress=progress)
+    blocks = Blocks(query, "query", bar="factors" if progress else None)
     parts = [jax.tree.map(lambda x, n=block.count: x[:n], _solved(influence, block.batch)) for block in blocks]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
+@overload
+def self_influences(
+    influence: Influence,
+    loader: Iterable[PyTree],
+    sink: None = None,
+    progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> np.ndarray: ...
+@overload
+def self_influences(
+    influence: Influence,
+    loader: Iterable[PyTree],
+    sink: ScoreStore,
+    progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> ScoreStore: ...
 @memory_errors("stream.self_influences")
+@closing_bars()
 def self_influences(
     influence: Influence,
     loader: Iterable[PyTree],
@@ -145,7 +194,7 @@ def self_influences(
       [1.0, 16.0, 81.0]
     """
     _check_influence(influence)
-    blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+    blocks = Blocks(loader, "loader", batch_size, sharding, "self-influences" if progress else None)
 
     def compute(part: PyTree) -> Array:
         values, info = self_solved(influence, part)
@@ -159,6 +208,7 @@ def self_influences(
 
 
 @memory_errors("stream.top_k")
+@closing_bars()
 def top_k(
     influence: Influence,
     query: Any,
@@ -198,7 +248,7 @@ def top_k(
     _check_influence(influence)
     check_positive(k, "k")
     queries, _ = _queries(query)
-    blocks = Blocks(loader, "loader", batch_size, sharding, progress)
+    blocks = Blocks(loader, "loader", batch_size, sharding, f"top {k}" if progress else None)
     if blocks.examples is not None:
         _check_k(k, blocks.examples)
     found: list[Any] = []

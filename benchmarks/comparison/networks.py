@@ -2,9 +2,10 @@
 
 import itertools
 
-import stages
 import torch
 from torch.nn import functional as F
+
+from . import arrays
 
 torch.set_num_threads(1)
 
@@ -71,5 +72,5 @@ def load(problem):
     data = [torch.tensor(problem[name]) for name in ("x", "y", "query_x", "query_y")]
     data[1], data[3] = data[1].long(), data[3].long()
     with torch.no_grad():
-        stages.check(model(data[2]).numpy(), problem)
+        arrays.check(model(data[2]).numpy(), problem)
     return model, data

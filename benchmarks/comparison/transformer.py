@@ -1,22 +1,18 @@
-"""A small decoder-only transformer with random weights, and its answer in float64: `python transformer.py OUTPUT`.
+"""A small decoder-only transformer with random weights, and its answer in float64.
 
 Plain jax, one sequence at a time.  The answer is the EK-FAC scores of the linear layers alone, which is what
 kronfluence covers: embeddings and normalisations are fixed.  Labels are those of the data, the loss is summed over
-positions, and damping is a tenth of each layer's mean eigenvalue.
+positions, and damping is a tenth of each layer's mean eigenvalue.  Imported after 64-bit mode is switched on.
 """
-
-import os
-import sys
-
-os.environ["JAX_ENABLE_X64"] = "1"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference
+
+from . import reference
 
 BLOCKS, WIDTH, HEADS, VOCABULARY, LENGTH = 2, 64, 4, 256, 64
-TRAIN, QUERIES, RELATIVE = 512, 16, 0.1
+RELATIVE = 0.1  # damping
 EPSILON = 1e-5  # of the normalisations
 
 
@@ -87,19 +83,16 @@ def layers(weights, x, y):
     return pairs, np.asarray(logits)
 
 
-def make(path):
+def make(count=512, queries=16):
+    """Arrays of the problem: weights, data, logits of the queries and the answer."""
     rng = np.random.default_rng(0)
     weights = make_weights(rng)
-    sequences = rng.integers(VOCABULARY, size=(TRAIN + QUERIES, LENGTH + 1))
+    sequences = rng.integers(VOCABULARY, size=(count + queries, LENGTH + 1))
     x, y = np.int32(sequences[:, :-1]), np.int32(sequences[:, 1:])
     wide = {name: jnp.asarray(value, jnp.float64) for name, value in weights.items()}
-    train, _ = layers(wide, x[:TRAIN], y[:TRAIN])
-    query, logits = layers(wide, x[TRAIN:], y[TRAIN:])
+    train, _ = layers(wide, x[:count], y[:count])
+    query, logits = layers(wide, x[count:], y[count:])
     answer = reference.scores("ekfac", train, query, train, relative=RELATIVE)
-    data = {"x": x[:TRAIN], "y": y[:TRAIN], "query_x": x[TRAIN:], "query_y": y[TRAIN:], "logits": logits}
+    data = {"x": x[:count], "y": y[:count], "query_x": x[count:], "query_y": y[count:], "logits": logits}
     sizes = {"blocks": BLOCKS, "heads": HEADS, "epsilon": EPSILON, "relative": RELATIVE}
-    np.savez(path, ekfac_empirical=answer, **sizes, **data, **weights)
-
-
-if __name__ == "__main__":
-    make(sys.argv[1])
+    return {"ekfac_empirical": answer, **sizes, **data, **weights}
