@@ -32,8 +32,8 @@ Carry = TypeVar("Carry")
 DEFAULT_CHUNK = 256
 # Entries of a chunk's largest intermediate beyond which a default chunk shrinks: 128 MiB of float32.
 CHUNK_BUDGET = 2**25
-# The same where a chunk is passed over several times, on CPU: what its caches hold, 8 MiB of float32.
-CACHE_BUDGET = 2**21
+# The same where a chunk is passed over several times, on CPU: what the caches of a core hold, 2 MiB of float32.
+CACHE_BUDGET = 2**19
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ._memory import explain_memory_errors
 from ._mesh import compiled
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, LossFunction, PyTree
-from .batching import as_batch, check_chunk, check_positive, chunk_for, map_chunks
+from .batching import as_batch, check_chunk, check_positive, map_chunks
 from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
 from .curvature import Identity, LinearOperator
 from .curvature.outputs import require_split
@@ -36,7 +36,7 @@ from .scoring import (
     perturbed,
     top_k,
 )
-from .solvers import Info, Inverse, report, solve_with_info
+from .solvers import Info, Inverse, report, rows_at_once, solve_with_info
 
 
 @explain_memory_errors(
@@ -397,4 +397,4 @@ def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info |
         solved, info = solve_with_info(influence.inverse, tree.promote(grads))
         return tree.dots(solved, tree.promote(grads)), info
 
-    return map_chunks(one_chunk, batch, chunk=influence.chunk or chunk_for(tree.size(influence.params)))
+    return map_chunks(one_chunk, batch, chunk=influence.chunk or rows_at_once(influence.inverse))

@@ -46,7 +46,11 @@ hypothesis.settings.load_profile("fixed")
 
 
 # What makes the compiler quick, beside leaving out optimisations, if this version of it has the option.
-OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+OPTIONS = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 def known_options() -> dict:

@@ -5,7 +5,7 @@ from .block_cg import BlockCG as BlockCG, block_conjugate_gradients as block_con
 from .blockwise import Blockwise as Blockwise
 from .cg import CG as CG, conjugate_gradients as conjugate_gradients
 from .damping import RelativeDamping as RelativeDamping
-from .direct import Direct as Direct, Eigh as Eigh
+from .direct import Direct as Direct, Eigh as Eigh, rows_at_once as rows_at_once
 from .harmonic import HarmonicMean as HarmonicMean
 from .info import (
     ConvergenceError as ConvergenceError,

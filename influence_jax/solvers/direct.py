@@ -14,6 +14,7 @@ from jax import lax
 from .. import tree
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
+from ..batching import chunk_for, chunk_in_cache
 from ..curvature import (
     LinearOperator,
     LowRank,
@@ -224,6 +225,12 @@ def has_spectral(op: LinearOperator) -> bool:
     except Unsupported:
         return False
     return True
+
+
+def rows_at_once(op: LinearOperator) -> int:
+    """How many vectors to multiply at once by default: few where they are all that is read, and fall out of caches."""
+    closed = isinstance(op, Inverse) and isinstance(op.state, SpectralState | BlocksState) and has_spectral(op.op)
+    return (chunk_in_cache if closed else chunk_for)(op.size)
 
 
 def spectral_state(op: LinearOperator, damping: Array) -> SpectralState:
