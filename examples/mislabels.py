@@ -141,7 +141,7 @@ for row, suspect in enumerate(suspects):
 
 # %%
 figure = plt.figure(figsize=(13, 9.2), layout="constrained")
-top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
+top, bottom = figure.subfigures(2, 1, height_ratios=[2.1, 1])
 top.suptitle("The highest self-influences, and which training images support or contradict their labels (RelatIF)")
 axes = top.subplots(len(suspects), 9)
 names = [f"{y} (wrong)" if wrong else str(y) for y, wrong in zip(train.y, flipped, strict=True)]

@@ -144,8 +144,8 @@ for inspected in (len(flipped), 2 * len(flipped)):
 
 # %%
 figure = plt.figure(figsize=(13, 9.2), layout="constrained")
-top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
-top.suptitle("Test digits, and the training digits that helped them and hurt them most")
+top, bottom = figure.subfigures(2, 1, height_ratios=[2.1, 1])
+top.suptitle("Test digits, and the training digits that helped and hurt them most: label and score of each")
 pictures = images.reshape(-1, 8, 8)
 names = [f"{y} (wrong)" if y != t else str(y) for y, t in zip(labels, truth, strict=True)]
 axes = top.subplots(len(chosen), 9)

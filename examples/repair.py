@@ -165,8 +165,10 @@ for name, color, values in zip(ways, ("tab:red", "tab:purple", "tab:gray"), resu
     left.plot([0, *counts], runs.mean(axis=1), "o-", color=color, markersize=4, label=name)
     left.fill_between([0, *counts], low, high, color=color, alpha=0.2, linewidth=0)
 left.axhline(oracle["accuracy"].mean(), color="black", linestyle=":", label="all wrong labels, and only those")
-left.set(xlabel="training images removed", ylabel="test accuracy after training again", title="Counterfactuals")
-left.legend()
+left.set(xlabel="training images removed", ylabel="test accuracy after training again")
+left.set_title("Counterfactuals (95 % intervals over trainings)")
+left.yaxis.set_major_formatter("{x:.0%}")
+left.legend(title="removed")
 groups = {"label right": np.asarray(helps)[~wrong], "label wrong": np.asarray(helps)[wrong]}
 ij.plot.score_histogram(groups, ax=right).set(title="What training images do to the checked ones")
 figure.savefig(args.picture, dpi=110)

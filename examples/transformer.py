@@ -31,12 +31,14 @@ import influence_jax as ij
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--sequences", type=int, default=800, help="number of training sequences, at most")
-parser.add_argument("--steps", type=int, default=1200, help="training steps of 16 sequences")
+parser.add_argument("--steps", type=int, default=1200, help="training steps")
+parser.add_argument("--batch", type=int, default=16, help="sequences of a training step")
+parser.add_argument("--letters", type=int, default=96, help="length of a sequence (at least 60)")
 parser.add_argument("--width", type=int, default=64, help="width of the transformer")
 parser.add_argument("--blocks", type=int, default=2, help="blocks of the transformer")
 parser.add_argument("--picture", default="transformer.png", help="where to save the picture")
 args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
-LENGTH, VOCABULARY = 96, 128  # a token is an ASCII letter
+LENGTH, VOCABULARY = args.letters, 128  # a token is an ASCII letter
 PROMPT, COMPLETION = "THE SOFTWARE IS PROVIDED", ' "AS IS", WITHOUT WARRANTY OF ANY KIND'
 
 
@@ -120,7 +122,7 @@ def fit(params, train: ij.Batch):
 
     def step(carry, key):
         params, state = carry
-        rows = jax.random.choice(key, len(train), (16,))
+        rows = jax.random.choice(key, len(train), (args.batch,))
         grads = jax.grad(loss_per_letter)(params, jax.tree.map(lambda x: x[rows], train))
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
@@ -131,14 +133,13 @@ def fit(params, train: ij.Batch):
 
 started = time.perf_counter()
 params = jax.block_until_ready(fit(params, jax.tree.map(jnp.asarray, train)))
-print(
-    f"Trained in {time.perf_counter() - started:.0f} s: loss per letter {loss_per_letter(params, train):.2f}, "
-    f"on held-out sequences {loss_per_letter(params, encode(held_out)):.2f}."
-)
-written = PROMPT
+seconds = time.perf_counter() - started
+seen, unseen = (loss_per_letter(params, encode(some)) for some in (texts[: len(held_out)], held_out))
+print(f"Trained in {seconds:.0f} s: loss per letter {seen:.2f}, on held-out sequences {unseen:.2f}.")
+written, read = PROMPT, jax.jit(lambda params, tokens: net.apply({"params": params}, tokens))
 for _ in COMPLETION:
-    logits = net.apply({"params": params}, encode([written.ljust(LENGTH + 1)]).x)
-    written += chr(int(jnp.argmax(logits[0, len(written) - 1])))
+    logits = read(params, encode([written.ljust(LENGTH + 1)]).x)
+    written += chr(np.argmax(logits[0, len(written) - 1]))
 print(f"It writes:  {written}\nThe query:  {PROMPT + COMPLETION}\n")
 
 
@@ -184,7 +185,8 @@ contributions = influence.token_influences(query, jax.tree.map(lambda x: x[chose
 # ## One picture
 
 # %%
-figure, axes = plt.subplots(1 + len(chosen), figsize=(13, 5.6), layout="constrained")
+figure, axes = plt.subplots(1 + len(chosen), figsize=(13, 6), layout="constrained")
+figure.suptitle("Training sequences that helped and hurt the completion most, and the letters that did it")
 
 
 def show(axis, text: str, values: np.ndarray, limit: float, colours: str, title: str, grey: int = 1):

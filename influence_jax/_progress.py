@@ -36,33 +36,16 @@ def bar(what: str, total: int | None, *, show: bool = True) -> Iterator[Callable
     if screen is None:
         yield lambda count, note: None
         return
-    line, opened = screen.begin(what, total), _opened()
-    opened.append((screen, line))
-    note = "stopped"
+    line, ended = screen.begin(what, total), "stopped"
     try:
         yield lambda count, note: screen.advance(line, count, f"{what}, {note}" if note else what)
-        note = ""
+        ended = ""
     finally:
-        screen.end(line, note)
-        with contextlib.suppress(ValueError):  # where `closing_bars` was first
-            opened.remove((screen, line))
-
-
-@contextlib.contextmanager
-def closing_bars() -> Iterator[None]:
-    """End what bars the block leaves open: the traceback of an error keeps a loop alive, and with it its bar."""
-    opened = _opened()
-    before = len(opened)
-    try:
-        yield
-    finally:
-        while len(opened) > before:
-            screen, line = opened.pop()
-            screen.end(line, "stopped")
+        screen.end(line, ended)
 
 
 class _Screen(Protocol):
-    """Where bars are, one line for each; a line that has ended is left alone by further calls."""
+    """Where bars are, one line for each."""
 
     def begin(self, what: str, total: int | None) -> Any: ...
     def advance(self, line: Any, count: int, text: str) -> None: ...
@@ -82,14 +65,12 @@ class _Terminal:
         return self.progress.add_task(what, total=total)
 
     def advance(self, line: Any, count: int, text: str) -> None:
-        if line in self.progress.task_ids:
-            self.progress.update(line, advance=count, description=text)
+        self.progress.update(line, advance=count, description=text)
 
     def end(self, line: Any, note: str) -> None:
-        if line in self.progress.task_ids:
-            self.progress.remove_task(line)
-            if not self.progress.tasks:
-                self.progress.stop()
+        self.progress.remove_task(line)
+        if not self.progress.tasks:
+            self.progress.stop()
 
 
 class _Notebook:
@@ -106,32 +87,24 @@ class _Notebook:
         self.display: Any = None
         self.console = Console(file=io.StringIO(), record=True, width=100, force_jupyter=False, force_terminal=True)
         self.progress = _lines(self.console, auto_refresh=False)
-        self.running: dict[Any, str] = {}
         self.ended: dict[str, Any] = {}
         self.drawn = 0.0
 
     def begin(self, what: str, total: int | None) -> Any:
         if what in self.ended:
             self.progress.remove_task(self.ended.pop(what))
-        line = self.progress.add_task(what, total=total)
-        self.running[line] = what
+        line = self.progress.add_task(what, total=total, what=what)
         self._draw()
         return line
 
     def advance(self, line: Any, count: int, text: str) -> None:
-        if line in self.running:
-            self.progress.update(line, advance=count, description=text)
-            if time.monotonic() - self.drawn > REDRAWN:
-                self._draw()
+        self.progress.update(line, advance=count, description=text)
+        if time.monotonic() - self.drawn > REDRAWN:
+            self._draw()
 
     def end(self, line: Any, note: str) -> None:
-        what = self.running.pop(line, None)
-        if what is None:
-            return
-        if what in self.ended:  # of another thread
-            self.progress.remove_task(self.ended[what])
-        self.ended[what] = line
         task = next(task for task in self.progress.tasks if task.id == line)
+        self.ended[task.fields["what"]] = line
         if note:
             self.progress.update(line, description=f"{task.description}, {note}")
         else:  # a length that was not known, or a wrong one
@@ -167,14 +140,6 @@ def _lines(console: Any, **options: Any) -> Any:
 
 _LOCK = threading.Lock()
 _LATEST: list[Any] = [None]
-_THREAD = threading.local()
-
-
-def _opened() -> list[tuple[_Screen, Any]]:
-    """The bars that this thread has open."""
-    if not hasattr(_THREAD, "opened"):
-        _THREAD.opened = []
-    return _THREAD.opened
 
 
 def _screen() -> _Screen | None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _reprs, tree
-from ._progress import closing_bars, track
+from ._progress import track
 from ._typing import Array, Key, LossFunction, PyTree
 from .curvature import Hessian, Identity, LinearOperator
 from .influence import Influence, _factors
@@ -69,7 +69,6 @@ class InverseHvpResult(NamedTuple):
         return _reprs.call(self, _reprs.rows(self.x, "factor"), repr(self.info))
 
 
-@closing_bars()
 def compute_influence_factors(
     objective: Loss,
     params: PyTree,
@@ -296,7 +295,6 @@ def as_solver(
     return method
 
 
-@closing_bars()
 def _from_factors(
     objective: Loss,
     params: PyTree,

@@ -5,41 +5,125 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
+import jupytext
+import matplotlib
 from conftest import KNOWN
 
 ROOT = pathlib.Path(__file__).parent.parent
 USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 USER_ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-USER_ENVIRONMENT["XLA_FLAGS"] = " ".join(f"--{name}={str(value).lower()}" for name, value in KNOWN.items())
+USER_ENVIRONMENT["XLA_FLAGS"] = " ".join(
+    f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in KNOWN.items()
+)
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, **environment: str) -> str:
     """A script in a fresh interpreter with the user's defaults: no 64-bit mode, one device.
 
     Only the compiler is told to be quick, for its optimisations take longer than what they save.
     """
     command = [sys.executable, "-W", "error::DeprecationWarning:influence_jax", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=USER_ENVIRONMENT)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=USER_ENVIRONMENT | environment
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
-    checks = """
-assert scores.shape == (20, 180) and how_to_change.shape == (20, 180, 8) and suspicious.shape == (180,)
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+# What the README's code has to have found, by formulas of their own.
+CHECKS = """
+assert scores.shape == nnx_scores.shape == plain_scores.shape == layer_wise.shape == (20, 180)
 assert bool(info.converged) and best.indices.shape == (20, 5) and scores.dtype == jnp.float32
+assert abs(change * count * (1 - leverage) / score - 1) < 1e-4
+
+def grads(batch):
+    return np.asarray(ij.flatten(ij.per_example_grads(objective, params, batch), params), np.float64)
+
+def error(found, operator, damping):
+    damped = np.asarray(ij.to_dense(operator), np.float64) + damping * np.eye(operator.size)
+    exact = grads(query) @ np.linalg.solve(damped, grads(train).T)
+    return np.max(np.abs(found - exact)) / np.max(np.abs(exact))
+
+assert error(certain, curvature, 1e-2) < 1e-3
+assert error(richardson_scores, curvature, 0.1) < 1e-3
+assert error(penalised_scores, curvature + penalty, 1e-3) < 1e-3
 """
-    run("-c", "\n".join(blocks) + checks)
+
+
+def test_readme_code_runs():
+    """Every block, in order; a solver and an operator written as it says solve what they are for."""
+    run("-c", "\n".join(code_blocks("python")) + CHECKS)
+
+
+def test_readme_code_for_a_cluster_runs():
+    """In a cluster of one process, as Slurm would start it."""
+    (block,) = code_blocks("python cluster")
+    connect, rest = block.split("\n", 1)
+    before = """
+import tempfile, jax, jax.numpy as jnp, numpy as np, optax, influence_jax as ij
+from jax.sharding import NamedSharding, PartitionSpec
+"""
+    data = """
+folder, rng = tempfile.mkdtemp(), np.random.default_rng(0)
+memory_maps = ij.Batch(np.float32(rng.normal(size=(100, 4))), np.int32(rng.integers(0, 2, 100)))
+query = jax.tree.map(lambda x: x[:7], memory_maps)
+cross_entropy = lambda out, z: optax.softmax_cross_entropy_with_integer_labels(out, z.y)
+objective, params = ij.Objective(lambda p, z: z.x @ p["w"], cross_entropy), {"w": jnp.ones((4, 2))}
+"""
+    names = ("STEP_NUM_NODES", "STEP_NUM_TASKS", "STEP_TASKS_PER_NODE", "NTASKS", "JOB_ID")
+    slurm = dict.fromkeys((f"SLURM_{name}" for name in names), "1")
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    shape = 'print(ij.store.ScoreStore.open(f"{folder}/scores.zarr").shape)'
+    assert run("-c", before + connect + data + rest + shape, **slurm).strip() == "(7, 100)"
+
+
+def test_readme_has_no_code_that_is_not_run():
+    kinds = set(re.findall(r"^```(\S.*)$", README, re.MULTILINE))
+    assert kinds == {"sh", "python", "python cluster", "text", "bibtex"}
+    first, *_ = blocks = code_blocks("python")
+    (solver,) = (block for block in blocks if "(ij.Solver)" in block)
+    (operator,) = (block for block in blocks if "(ij.LinearOperator)" in block)
+    assert max(len(block.splitlines()) for block in (first, solver, operator)) <= 30
 
 
 def test_readme_commands_are_one_line_each():
-    lines = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = code_blocks("sh")
     assert [len(block.splitlines()) for block in lines] == [1, 1]
     assert lines[0].strip().endswith("examples/quickstart.py")
     assert lines[1].strip().endswith("-m pytest")
+
+
+def test_examples_are_notebooks(monkeypatch):
+    """Text and code in turn; and in a kernel, whose arguments are not theirs, code that takes no notice of them."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.delattr(matplotlib, "use")  # pictures are shown where the kernel shows them
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    assert len(examples) >= 8
+    for path in examples:
+        cells = jupytext.read(path).cells
+        texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+        assert [cell.cell_type for cell in cells[:3]] == ["markdown", "markdown", "code"], path
+        assert texts[0].startswith("# "), path
+        assert all(text.startswith("## ") for text in texts[1:]), path
+        scope = {"__name__": path.stem, "__doc__": "Of the notebook."}  # and no __file__
+        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        exec(code[0], scope)
+        if path.stem != "processes":
+            assert scope["args"].picture == f"{path.stem}.png"
+            continue
+        for source in code[1:]:
+            exec(source, scope)
+        assert scope["parse"]().processes is None
 
 
 def test_quickstart(tmp_path):
@@ -54,8 +138,9 @@ def test_quickstart(tmp_path):
 
 def test_transformer(tmp_path):
     picture = tmp_path / "transformer.png"
-    small = ("--sequences", "200", "--steps", "200", "--width", "32", "--blocks", "1", "--picture", str(picture))
-    printed = run("examples/transformer.py", *small)
+    data = ("--sequences", "200", "--letters", "64", "--steps", "200", "--batch", "8")
+    network = ("--width", "32", "--blocks", "1")
+    printed = run("examples/transformer.py", *data, *network, "--picture", str(picture))
     assert picture.stat().st_size > 50_000
     assert "Most harmful" in printed
     hits, share = map(int, re.search(r"is in (\d+) of the 10 most helpful sequences, and in (\d+)%", printed).groups())

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -148,6 +149,14 @@ def test_every_module_has_its_place():
 def test_imports_run_one_way(name):
     for other in imported(name, modules()[name]):
         assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+def test_architecture_of_the_readme_is_that_of_the_imports():
+    """Its table has the layers in the order that is checked above, packages by name."""
+    section = (PACKAGE.parent / "README.md").read_text().split("### Architecture\n")[1].split("\n###")[0]
+    table = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in section.splitlines() if line.startswith("| `")]
+    tops = [list(dict.fromkeys(name.split(".")[0] for name in layer)) for layer in LAYERS[:-1]]
+    assert table == [layer for layer, before in zip(tops, [[], *tops], strict=False) if layer != before]
 
 
 def test_files_are_short_and_functions_fit_a_screen():

@@ -19,6 +19,7 @@ import pytest
 
 import influence_jax as ij
 from influence_jax import _progress
+from influence_jax.stream import operators
 
 PARAMS = {"w": jnp.array(1.0)}
 QUERY = ij.Batch(jnp.array([1.0]))
@@ -123,10 +124,21 @@ def test_notebook_bars_end_with_the_loop(notebook, error):
     with pytest.raises(error) as kept:  # as a notebook keeps the last traceback, and with it the loop's frame
         ij.stream.accumulate(fail, BATCHES)
     assert lines(notebook.shown[1]) == ["average, stopped 2/4"]
-    assert not _progress._opened()
     del kept
     ij.stream.accumulate(lambda batch: batch.x, BATCHES)
     assert lines(notebook.shown[1]) == ["average 4/4"]
+
+
+def test_notebook_bars_end_with_a_product(notebook, monkeypatch):
+    def stop(total, part):
+        raise KeyboardInterrupt
+
+    inverse = ij.stream.invert(ij.Hessian, loss, PARAMS, BATCHES, ij.CG(damping=1.0))
+    monkeypatch.setattr(operators, "_added", stop)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        inverse.mv(PARAMS)
+    assert lines(notebook.shown[1]) == ["curvature, stopped 1/4"]
+    assert kept.tb
 
 
 def test_terminal_shows_bars_and_is_left_clean():
@@ -137,7 +149,6 @@ def test_terminal_shows_bars_and_is_left_clean():
     assert "self-influences" in text
     assert re.search(ERASED, text)
     assert text.count("\x1b[?25l") == 1  # the passes of the solves, nested in the other, had no display of their own
-    assert not _progress._opened()
 
 
 def test_terminal_bar_ends_with_the_loop():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
-from .._progress import closing_bars, track
+from .._progress import track
 from .._typing import Array, PyTree
 from ..batching import batch_size
 from .loaders import count_batches, is_batch, owned, reiterable
@@ -64,7 +64,6 @@ class ChunkAveraging:
         return 1.0
 
 
-@closing_bars()
 def accumulate(
     fn: Callable[[PyTree], PyTree],
     loader: Iterable[PyTree],

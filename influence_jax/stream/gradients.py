@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from .. import tree
 from .._memory import memory_errors
-from .._progress import closing_bars
 from .._typing import LossFunction, PyTree
 from ..objective import Objective, as_objective
 from ..projections import Projection
@@ -21,7 +20,6 @@ from .tables import Shares, check_sink, describe_gradients
 
 
 @memory_errors("stream.gradients")
-@closing_bars()
 def gradients(
     objective: Objective | LossFunction,
     params: PyTree,

@@ -10,7 +10,6 @@ import jax
 from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
-from .._progress import closing_bars
 from .._typing import Key, LossFunction, PyTree
 from ..capture import MAX_SIDE
 from ..curvature import EmpiricalFisher, Kronecker
@@ -22,7 +21,6 @@ from .loaders import Block, Blocks, paced
 
 
 @memory_errors("stream.kfac")
-@closing_bars()
 def kfac(
     objective: Objective | LossFunction,
     params: PyTree,
@@ -73,7 +71,6 @@ def kfac(
 
 
 @memory_errors("stream.ekfac")
-@closing_bars()
 def ekfac(
     objective: Objective | LossFunction,
     params: PyTree,
@@ -150,8 +147,8 @@ class _Fit:
         total = reduce(_added, paced(_moments(self._fisher(block), self.recipe) for block in blocks))
         fitted = _eigenbases(self.params, total)
         if eigenvalues:
-            squares = paced(_squares(self._fisher(block), self.recipe, fitted) for block in blocks)
-            fitted = _corrected(fitted, *reduce(_added, squares))
+            squares = reduce(_added, paced(_squares(self._fisher(block), self.recipe, fitted) for block in blocks))
+            fitted = _corrected(fitted, *squares)
         check_fitted(fitted, self.recipe)
         return fitted
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from .. import _reprs, blocks, tree
 from .._mesh import compiled
-from .._progress import closing_bars
 from .._pytree import dataclass, static
 from .._typing import Array, Key, LossFunction, PyTree
 from .._words import name_of
@@ -93,11 +92,10 @@ class Streamed(LinearOperator):
             op = self.curvature(self.objective, self.params, batch)
         return op if self.block is None else restrict(op, self.block)
 
-    @closing_bars()
     def _mean(self, product: Callable[..., PyTree], *arguments: Any) -> PyTree:
         """The mean of something linear in the operator."""
-        sums = paced(_sums(op, count, arguments, product) for op, count in self.parts())
-        total = reduce(_added, sums)
+        # Held by no name, which the traceback of an error would keep, and with it the loader and its bar.
+        total = reduce(_added, paced(_sums(op, count, arguments, product) for op, count in self.parts()))
         if any(mass == 0 for _, mass in total):
             raise ValueError(f"weights: those of all batches of {self.source.name} sum to 0, expected a positive sum")
         return _divided(total)

@@ -14,7 +14,6 @@ import numpy as np
 from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
-from .._progress import closing_bars
 from .._typing import Array, PyTree
 from ..batching import check_finite, check_positive
 from ..curvature import Identity
@@ -50,7 +49,6 @@ def scores(
     sharding: jax.sharding.Sharding | None = None,
 ) -> ScoreStore: ...
 @memory_errors("stream.scores")
-@closing_bars()
 def scores(
     influence: Influence,
     query: Any,
@@ -107,7 +105,6 @@ def scores(
 
 
 @memory_errors("stream.influence_factors")
-@closing_bars()
 def influence_factors(influence: Influence, query: Any, progress: bool = True) -> PyTree:
     r"""Factors $P\,\nabla f_q$ of every query of a loader, leaves `(Q, *leaf)`; as `Influence.influence_factors`.
 
@@ -157,7 +154,6 @@ def self_influences(
     sharding: jax.sharding.Sharding | None = None,
 ) -> ScoreStore: ...
 @memory_errors("stream.self_influences")
-@closing_bars()
 def self_influences(
     influence: Influence,
     loader: Iterable[PyTree],
@@ -208,7 +204,6 @@ def self_influences(
 
 
 @memory_errors("stream.top_k")
-@closing_bars()
 def top_k(
     influence: Influence,
     query: Any,
