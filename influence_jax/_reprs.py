@@ -1,4 +1,4 @@
-"""Short representations: one line that says what a thing is, and never what its arrays hold.
+"""Short representations: one line that says what a thing is, and at most the range of what its arrays hold.
 
 Nothing is computed on a device: numbers are read where they are few, and shapes stand for all others, for traced and
 for abstract values.
@@ -59,7 +59,7 @@ def value(x: Any) -> str:
 
 def array(x: Any) -> str:
     """Dtype and shape of an array, or of what stands for one."""
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
+    if isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype"):
         return f"{x.dtype}{list(x.shape)}"
     return f"{jax.numpy.result_type(x)}[]" if isinstance(x, int | float | complex) else type(x).__name__
 
@@ -85,7 +85,7 @@ def span(x: Any, figures: int = 2) -> str:
       ('-1.2 to 3', '2')
     """
     read = numbers(x)
-    if read is None:
+    if read is None or np.iscomplexobj(read):
         return array(x)
     read = read.astype(np.float64).ravel()
     known = read[~np.isnan(read)]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
 
 from . import _reprs, tree
 from ._typing import PyTree
 
-PACKAGE = str(pathlib.Path(__file__).parent)
+PACKAGE = str(pathlib.Path(__file__).parent) + os.sep
+# Whose errors are told in words; those of anybody else's classes may be waited for by whoever wrote them.
+KNOWN = ("builtins", "jax", "jaxlib", "flax", "numpy")
 # Leaves of a tree that a message lists.
 LISTED = 8
 
@@ -26,20 +32,19 @@ def ask(role: str, fn: Callable[..., Any], given: Mapping[str, PyTree], hint: st
       hint: What such functions have to keep to.
 
     Raises:
-      TypeError, ValueError: From what the function raised; what says that resources are short passes unchanged.
+      TypeError, ValueError: From what the function raised; errors of the system, and of classes that are not Python's,
+        NumPy's, JAX's or flax's, pass unchanged.
     """
+    got = "; ".join(f"{name} {_shapes(value)}" for name, value in given.items())
     try:
         return fn(*given.values())
-    except (RuntimeError, MemoryError):
-        raise
     except Exception as error:
-        if _raised_here(error):  # in words already
+        if not _is_ordinary(error) or _raised_here(error):  # not about the arguments, or in words already
             raise
         kind = TypeError if isinstance(error, TypeError | AttributeError) else ValueError
-        said = next(iter(str(error).strip().splitlines()), "")
-        got = "; ".join(f"{name} {_shapes(value)}" for name, value in given.items())
+        said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
         raise kind(
-            f"{role}: {name_of(fn)} failed with {type(error).__name__}: {said.rstrip('.')}. It got {got}; {hint}"
+            f"{role}: {name_of(fn)} failed{_place(error)} with {type(error).__name__}: {said}. It got {got}; {hint}"
         ) from error
 
 
@@ -57,6 +62,21 @@ def levels_inside() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _is_ordinary(error: Exception) -> bool:
+    """Whether it may come from what the function was given, rather than from the machine or the system."""
+    told = (OSError, MemoryError, RecursionError, Warning, jax.errors.JaxRuntimeError)
+    return type(error).__module__.split(".")[0] in KNOWN and not isinstance(error, told)
+
+
+def _place(error: Exception) -> str:
+    """The last line of somebody's own code that the error came through."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = frame.f_code.co_filename
+        if not file.startswith(PACKAGE) and "site-packages" not in file and os.path.exists(file):
+            return f" at {os.path.basename(file)}:{line}"
+    return ""
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -79,11 +79,6 @@ def batch_size(batch: PyTree, name: str) -> int:
       TypeError: If a leaf is not an array, e.g. a loader was passed.
       ValueError: If the batch is empty, or its leaves disagree in length.
     """
-    if isinstance(batch, list) and any(isinstance(part, Batch) for part in batch):
-        raise TypeError(
-            f"{name}: got a list of {len(batch)} batches, expected one Batch; concatenate them, or let "
-            "influence_jax.stream read them one by one"
-        )
     leaves = tree.named_leaves(batch)
     if not leaves:
         raise ValueError(f"{name}: got a tree without arrays, expected leaves with a leading example axis")

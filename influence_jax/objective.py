@@ -185,7 +185,7 @@ def check_hashable(fn: Callable, name: str) -> None:
 
 
 def _scalar(value: Any, fn: Callable) -> Array:
-    if not isinstance(value, int | float) and not hasattr(value, "dtype"):
+    if value is None or isinstance(value, str | dict | list | tuple):
         raise TypeError(f"loss: {name_of(fn)} returned a {type(value).__name__} for one example, expected a scalar")
     value = jnp.asarray(value)
     if value.shape != ():

@@ -397,7 +397,7 @@ MISTAKES = [
         "list of batches",
         lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS).fit([BATCH, BATCH]),
         TypeError,
-        ["data", "list of 2 batches", "one Batch", "influence_jax.stream"],
+        ["predict", "at helpers.py:", "AttributeError", "0/x float64[5]", "ONE example"],
     ),
     (
         "arrays in a list for a model that wants a Batch",

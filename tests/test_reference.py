@@ -98,7 +98,7 @@ def missing(name: str, thing: Callable) -> list[str]:
         "a summary in one line": lines[0].endswith((".", "?")) and lines[1:2] in ([""], []),
         "an example": ">>>" in doc,
         "every argument": set(parameters(thing)) <= names,
-        "the shapes": not takes_arrays(thing) or re.search(r"`[^`]*\(.*?\)`|[Ss]calar|one example", doc) is not None,
+        "the shapes": not takes_arrays(thing) or re.search(r"`\([^`]*\)|[Ss]calar|one example", doc) is not None,
         "the errors": ("Raises:" in doc) != (name in CANNOT_FAIL),
         "an equation": not published or "$" in doc or "As `" in doc,
         "the source": ("\nReference: " in doc) or not published,
@@ -153,4 +153,5 @@ def test_classes_have_a_repr_of_their_own(name):
         return
     own = next(vars(base)["__repr__"] for base in cls.__mro__ if "__repr__" in vars(base))
     plain = name in ("LeafCoverage", "PointAveraging", "ChunkAveraging")  # a few words and numbers
-    assert plain or own.__module__.startswith("influence_jax"), own
+    written = own.__code__.co_filename.endswith(".py")  # by hand, where a dataclass would have made one
+    assert plain or (written and own.__module__.startswith("influence_jax")), own

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -130,7 +131,10 @@ class Runner:
         }
         python = sys.executable if name == OURS else self.python
         call(python, MODULES[name], self.problem(method.problem), side.function, json.dumps(order), output)
-        return json.loads(output.read_text()) | {"setting": setting}
+        found = json.loads(output.read_text()) | {"setting": setting}
+        if not math.isfinite(found["error"]):
+            raise RuntimeError("its answer is not finite")
+        return found
 
     def best(self, method, name):
         """Of the settings of a side the first that is accurate enough, or the fastest where none has to be."""
@@ -162,7 +166,7 @@ class Runner:
 
 def header(kept, about, quick):
     """What the figures depend on."""
-    threads = "every process is bound to one core; OMP, OpenBLAS, MKL and torch have one thread, XLA one for each core"
+    threads = "every process is bound to one core; OMP, OpenBLAS, MKL, torch and XLA have one thread each"
     loads = {"before": kept.start["load"], "after": os.getloadavg()[0]}
     return {
         "date": kept.start["date"],

@@ -117,7 +117,7 @@ def coverage(
         params = tree.check_params(params)
     check_positive(max_side, "max_side")
     for name, leaf in tree.named_leaves(example):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
             raise TypeError(f"example: leaf '{name}' is a {type(leaf).__name__}, expected an array of ONE example")
     params = tree.shapes(params)
     jax.eval_shape(objective, params, example)  # a batch in place of an example is found out here

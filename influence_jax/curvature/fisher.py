@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from .. import tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
+from .._words import ask
 from ..batching import batch_size, check_key, check_positive
 from ..gradients import directional
 from ..objective import Objective, as_objective, floating_output
@@ -113,7 +114,8 @@ def drawn_cotangents(objective: Objective, out: PyTree, example: Keyed, samples:
     r"""Loss gradients $u_s / \sqrt S$ in the output at labels drawn from the model, `(S, C)`."""
     scale = samples**-0.5
     if objective.sample is not None:
-        draw = lambda key: _checked_sample(objective.sample(key, out), out)
+        hint = "it returns the gradient of the loss in the output of ONE example at a drawn label"
+        draw = lambda key: _checked_sample(ask("sample", objective.sample, {"key": key, "output": out}, hint), out)
         drawn = jax.vmap(draw)(jax.random.split(example.key, samples))
         return scale * tree.flatten(tree.promote(drawn), out)
     half = vector_square_root(

@@ -154,7 +154,7 @@ def _masked(cotangents: PyTree, out: PyTree, mask: Mask | None, example: PyTree)
 
 def _positions(mask: Mask, example: PyTree) -> Array:
     counts = ask("mask", mask, {"example": example}, "it returns one entry per position of ONE example, (T,)")
-    if not hasattr(counts, "dtype"):
+    if counts is None or isinstance(counts, str):
         raise TypeError(f"mask: returned a {type(counts).__name__} for one example, expected an array (T,)")
     counts = jnp.asarray(counts).astype(bool)
     if counts.ndim != 1:

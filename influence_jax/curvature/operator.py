@@ -278,7 +278,8 @@ class Scaled(LinearOperator):
             raise TypeError(f"factor: got {self.factor!r}, expected a number")
         if jnp.shape(self.factor) != ():
             raise ValueError(f"factor: got shape {jnp.shape(self.factor)}, expected a scalar")
-        if not isinstance(self.factor, jax.Array) and not np.isfinite(self.factor):
+        known = _reprs.numbers(self.factor)
+        if known is not None and not np.isfinite(known):
             raise ValueError(f"factor: got {self.factor}, expected a finite number")
 
     def mv(self, v: PyTree) -> PyTree:

@@ -88,26 +88,20 @@ def _extended(index: Array, carry: tuple, product: PyTree, key: Key) -> tuple:
     basis, matrix, q, scale = carry
     basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), basis, q)
     scale, dtype, size = jnp.maximum(scale, _norm(product)), matrix.dtype, tree.size(product)
-    smallest = 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
 
-    def unfinished(carry: tuple) -> Array:
-        passes, _, _, beta = carry
-        return (passes < 2) | ((passes < 4) & (beta <= smallest))
+    def twice(vector: PyTree) -> tuple[PyTree, Array]:
+        # Because once leaves rounding behind; a scan, for two passes in a row would each be compiled.
+        rest, products = lax.scan(lambda rest, _: _orthogonal(basis, rest), vector, length=2)
+        return rest, products[0]
 
-    def one_pass(carry: tuple) -> tuple:
-        # Twice, because once leaves rounding behind; twice more from a random direction where the space is exhausted.
-        passes, rest, coefficients, beta = carry
-        fresh = lambda: tree.unflatten(jax.random.normal(key, (size,), dtype), product)
-        rest, products = _orthogonal(basis, lax.cond(passes == 2, fresh, lambda: rest))
-        coefficients = jnp.where(passes == 0, products, coefficients)
-        return passes + 1, rest, coefficients, jnp.where(passes < 2, _norm(rest), beta)
-
-    start = (jnp.int32(0), product, jnp.zeros_like(matrix[0]), scale)
-    # A loop rather than four passes in a row, of which each would be compiled.
-    _, rest, coefficients, beta = lax.while_loop(unfinished, one_pass, start)
+    rest, coefficients = twice(product)
+    beta = _norm(rest)
+    exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
+    fresh = lambda: tree.unflatten(jax.random.normal(key, (size,), dtype), product)
+    rest = lax.cond(exhausted, lambda: twice(fresh())[0], lambda: rest)
     length = _norm(rest)
     q = tree.scale(1 / jnp.where(length > 0, length, 1), rest)
-    return basis, matrix.at[index].set(coefficients), q, scale, jnp.where(beta <= smallest, 0, beta)
+    return basis, matrix.at[index].set(coefficients), q, scale, jnp.where(exhausted, 0, beta)
 
 
 def _orthogonal(basis: PyTree, vector: PyTree) -> tuple[PyTree, Array]:
@@ -193,7 +187,9 @@ class Spectrum:
         return jnp.mean(jnp.sum(bumps * self.weights[None], axis=2), axis=1)
 
     def __repr__(self) -> str:
-        if any(_reprs.numbers(leaf) is None for leaf in jax.tree.leaves(self)):
+        read = _reprs.numbers(self.values)
+        unread = any(_reprs.numbers(leaf) is None for leaf in jax.tree.leaves(self))
+        if unread or read is None or read.ndim != 2 or not (np.isfinite(read).all() and read.max() > 0):
             return _reprs.call(self, _reprs.counted(self.size, "eigenvalue"), f"values {_reprs.array(self.values)}")
         return jax.tree.map(np.asarray, self)._table()  # by numpy: nothing is compiled for a table
 

@@ -268,7 +268,7 @@ def own_outcomes(outcomes: ArrayLike) -> Array:
 def brittleness(flipped: ArrayLike, counts: Sequence[int]) -> Array:
     r"""The smallest number of removed examples that flips a query's prediction.
 
-    $\min\{c : \mathrm{flipped}_{qc}\}$.
+    $\min\{n_c : \mathrm{flipped}_{qc}\}$ over the columns c, with $n_c$ removed examples each.
 
     Args:
       flipped: `(Q, C)`, whether the prediction differs after removing so many of the query's examples, e.g.

@@ -77,7 +77,7 @@ def accumulate(
 
     Args:
       fn: Function of one batch, to a tree of arrays of the same shapes for every batch.
-      loader: Re-iterable of batches.
+      loader: Re-iterable of batches, leaves `(n, ...)`.
       averaging: `PointAveraging()` (default) or `ChunkAveraging()`.
       progress: Whether to show a bar.
 
