@@ -72,7 +72,7 @@ def memory(fn: Callable[..., PyTree], *args: PyTree) -> Memory:
 
     Args:
       fn: Any function that `jax.jit` takes.
-      *args: Trees of arrays or of `jax.ShapeDtypeStruct(shape, dtype)`, leaves `(...)` of any shape.
+      *args: Trees of arrays or of `jax.ShapeDtypeStruct(shape, dtype)`, leaves `(...)`.
 
     Returns:
       Bytes by kind.  An array that the function does not read is not counted; one that is passed twice counts twice.
