@@ -83,9 +83,9 @@ def test_table(results):
 
 
 def test_means_are_of_both_ways(results):
-    assert list(report.means(results)) == [
-        "pyDVL: geometric mean of CPU seconds over 2 methods with errors of at most 0.1 on both sides 2 times ours warm, 1 times ours cold."
-    ]
+    (told,) = report.means(results)
+    assert told.startswith("pyDVL: geometric mean of CPU seconds over 2 methods with errors of at most 0.1 on both sides")
+    assert told.endswith(" 2 times ours warm, 1 times ours cold.")
 
 
 def test_what_is_slower_is_told(results):
