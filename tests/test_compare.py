@@ -84,7 +84,7 @@ def test_table(results):
 
 def test_means_are_of_both_ways(results):
     (told,) = report.means(results)
-    assert told.startswith("pyDVL: geometric mean of CPU seconds over 2 methods with errors of at most 0.1 on both sides")
+    assert told.startswith("pyDVL: geometric mean of CPU seconds over 2 methods with errors of at most 0.1")
     assert told.endswith(" 2 times ours warm, 1 times ours cold.")
 
 
