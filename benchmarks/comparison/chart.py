@@ -88,14 +88,14 @@ def panels(count, height):
     """Time, error, memory."""
     figure, axes = plt.subplots(1, 3, figsize=(13, height), sharey=True, width_ratios=(2.3, 1.1, 1), facecolor="white")
     time, error, memory = axes
-    bare(time, "CPU seconds on one core", count)
+    bare(time, "CPU seconds on one core, and the ratio of a peer's warm ones to ours", count)
     bare(error, "relative error", count)
     bare(memory, "peak MB above imports", count)
     for axis in (time, memory):
         axis.xaxis.set_major_formatter(PLAIN)
     memory.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     error.xaxis.set_major_locator(LogLocator(base=100))
-    time.text(1.015, 1, "peer ÷ ours", transform=time.transAxes, fontsize=8, color=QUIET, va="bottom")
+    time.text(1.015, 1, "ratio", transform=time.transAxes, fontsize=8, color=QUIET, va="bottom")
     return figure, axes
 
 

@@ -115,7 +115,7 @@ PLAIN = batches(250, 50, plain=True)  # torch.func without pyDVL
 PARTS = [
     Method(
         "gradients",
-        "per-example gradients, plain vmap on both sides",
+        "gradients by plain vmap, both",
         "digits",
         "grads",
         {OURS: Side("gradients"), PYDVL: Side("gradients", {}, PLAIN + batches(50))},
