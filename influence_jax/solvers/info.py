@@ -128,12 +128,17 @@ class ConvergenceError(RuntimeError):
 
 def report(info: Info | None, inverse: LinearOperator, throw: bool) -> None:
     """Warn or raise, on the host, about solves that did not converge; silent under tracing."""
-    if info is None or isinstance(info.converged, jax.core.Tracer) or np.asarray(info.converged).all():
+    if info is None or isinstance(info.converged, jax.core.Tracer) or _all(info.converged):
         return
     message = f"{describe_failure(info, inverse)}; inverse.solve_many reports each"
     if throw:
         raise ConvergenceError(message)
     warnings.warn(message, ConvergenceWarning, stacklevel=levels_inside())
+
+
+def _all(converged: Array) -> bool:
+    """By numpy, which compiles nothing; where some are on the devices of other processes, by a program of all."""
+    return bool(np.all(np.asarray(converged) if getattr(converged, "is_fully_addressable", True) else converged))
 
 
 def describe_failure(info: Info, inverse: LinearOperator) -> str:
