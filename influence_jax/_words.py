@@ -35,13 +35,13 @@ def ask(role: str, fn: Callable[..., Any], given: Mapping[str, PyTree], hint: st
       TypeError, ValueError: From what the function raised; errors of the system, and of classes that are not Python's,
         NumPy's, JAX's or flax's, pass unchanged.
     """
-    got = "; ".join(f"{name} {_shapes(value)}" for name, value in given.items())
     try:
         return fn(*given.values())
     except Exception as error:
         if not _is_ordinary(error) or _raised_here(error):  # not about the arguments, or in words already
             raise
         kind = TypeError if isinstance(error, TypeError | AttributeError) else ValueError
+        got = "; ".join(f"{name} {_shapes(value)}" for name, value in given.items())
         said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
         raise kind(
             f"{role}: {name_of(fn)} failed{_place(error)} with {type(error).__name__}: {said}. It got {got}; {hint}"
@@ -90,6 +90,6 @@ def _raised_here(error: BaseException) -> bool:
 def _shapes(value: PyTree) -> str:
     """Name, dtype and shape of the leaves."""
     leaves = [(path or "array", leaf) for path, leaf in tree.named_leaves(value)]
-    shown = [f"{path} {_reprs.array(leaf) if hasattr(leaf, 'dtype') else repr(leaf)}" for path, leaf in leaves[:LISTED]]
+    shown = [f"{path} {_reprs.array(leaf)}" for path, leaf in leaves[:LISTED]]
     more = [f"and {len(leaves) - LISTED} more"] if len(leaves) > LISTED else []
     return f"({', '.join(shown + more)})"

@@ -382,6 +382,13 @@ def test_an_approximation_is_measured_on_request(name):
 
 
 class TestSpectrum:
+    def test_is_differentiable_in_the_operator(self):
+        def largest(diagonal):
+            return ij.spectrum(ij.Diagonal({"w": diagonal}), 4, key=jax.random.key(0)).largest[0]
+
+        gradient = jax.grad(largest)(jnp.array([1.0, 4.0, 2.0, 3.0]))
+        np.testing.assert_allclose(gradient, [0, 1, 0, 0], atol=1e-10)
+
     def test_against_the_eigenvalues(self):
         values = np.linspace(0.5, 3.0, 40)
         op, _ = from_spectrum(values)
