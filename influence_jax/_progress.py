@@ -113,7 +113,7 @@ class _Notebook:
         self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import display  # a notebook is IPython's
+        from IPython.display import display
 
         self.drawn = time.monotonic()
         self.console.print(self.progress.get_renderable())
