@@ -74,25 +74,26 @@ def quick_options(*arguments, env_options_overrides=None, **named):
 
 
 user_options, KNOWN = getattr(compiler, "get_compile_options", None), known_options()
+# The same for the processes that tests start.
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": " ".join(f"--{name}={'false' if value is False else value}" for name, value in KNOWN.items()),
+}
 compile_quickly(True)  # also what test modules compute when they are imported
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "quick: compiled quickly in a file that is compiled as users do")
+    config.addinivalue_line("markers", "as_users: compiled with all optimisations, as users do")
     # One process may look up a program while another is writing it, and then compiles it itself.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
 
 
 @pytest.fixture(autouse=True)
 def compiled(request):
-    """Compile quickly, but as users do where numbers are compared with stored ones or a compiler is on trial."""
-    as_users = pathlib.Path(request.node.path).stem in ("test_golden", "test_package", "test_influence")
-    if as_users and request.node.get_closest_marker("quick") is None:
-        compile_quickly(False)
-        yield
-        compile_quickly(True)
-    else:
-        yield
+    """Compile quickly, but as users do where a test asks for it: there the compiler is on trial as well."""
+    compile_quickly(request.node.get_closest_marker("as_users") is None)
+    yield
+    compile_quickly(True)
 
 
 # Every compiled program maps memory, and Linux grants a process 65,530 maps: beyond, the compiler crashes.

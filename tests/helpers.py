@@ -63,12 +63,13 @@ def linear(params: dict, example: ij.Batch) -> jax.Array:
 
 
 def mlp(params: dict, example: ij.Batch) -> jax.Array:
-    """Dense layers in the order of their names, tanh between them."""
-    hidden = example.x
-    layers = [params[name] for name in sorted(params)]
-    for layer in layers[:-1]:
-        hidden = jnp.tanh(hidden @ layer["kernel"] + layer["bias"])
-    return hidden @ layers[-1]["kernel"] + layers[-1]["bias"]
+    """Dense layers, with biases or without, in the order of their names; tanh between them."""
+    dense = lambda layer, x: x @ layer["kernel"] + layer["bias"] if "bias" in layer else x @ layer["kernel"]
+    *hidden, last = (params[name] for name in sorted(params))
+    x = example.x
+    for layer in hidden:
+        x = jnp.tanh(dense(layer, x))
+    return dense(last, x)
 
 
 LINEAR = ij.Objective(affine, squared_loss)
@@ -154,17 +155,26 @@ def random_like(key: jax.Array, tree: Any, rows: int | None = None) -> Any:
     return structure.unflatten([n.astype(x.dtype) for n, x in zip(normals, leaves, strict=True)])
 
 
-def random_mlp(key: jax.Array, sizes: tuple[int, ...] = (5, 4, 3)) -> dict:
+def random_mlp(key: jax.Array, sizes: tuple[int, ...] = (5, 4, 3), *, biases: bool = True) -> dict:
+    """Parameters of `mlp`; without biases a program of them has half the kernels to compile."""
     params = {}
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         keys, rows = _normals_of_split(key, _drawn(fan_in * fan_out), jax.dtypes.canonicalize_dtype(float))
         kernel, bias = np.asarray(rows[1])[: fan_in * fan_out], np.asarray(rows[2])[:fan_out]
         params[f"layer{index}"] = {
             "kernel": jnp.asarray(kernel.reshape(fan_in, fan_out) / np.sqrt(fan_in, dtype=kernel.dtype)),
-            "bias": jnp.asarray(0.1 * bias),
         }
+        if biases:
+            params[f"layer{index}"]["bias"] = jnp.asarray(0.1 * bias)
         key = keys[0]
     return params
+
+
+def from_spectrum(values: np.ndarray) -> tuple[ij.LowRank, np.ndarray]:
+    """A dense operator with those eigenvalues in a random basis, and its eigenvectors."""
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
+    return ij.LowRank({"w": jnp.asarray(basis.T)}, jnp.asarray(values)), basis
 
 
 def flat_objective(objective: Any, params: Any):

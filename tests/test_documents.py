@@ -9,14 +9,10 @@ import types
 
 import jupytext
 import matplotlib
-from conftest import KNOWN
+from conftest import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
-USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-USER_ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-USER_ENVIRONMENT["XLA_FLAGS"] = " ".join(
-    f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in KNOWN.items()
-)
+USER_ENVIRONMENT = os.environ | QUICK
 
 
 def run(*arguments: str, **environment: str) -> str:

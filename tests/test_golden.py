@@ -79,6 +79,7 @@ def test_linear_regression_influence(curvature, solver):
     assert helpers.relative_error(influence.influences(golden.query, golden.columns), scores) < 1e-12
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_digits_influence(curvature):
     golden = digits()
@@ -106,6 +107,7 @@ def test_digits_cholesky_and_cg(curvature):
         assert helpers.relative_error(scores, expected) < 1e-9
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("solver", [ij.Direct(1e-2), ij.CG(1e-2)], ids=["direct", "cg"])
 @pytest.mark.parametrize("problem", [linear_regression, digits])
 @pytest.mark.parametrize("curvature", ["H", "GGN"])
@@ -166,7 +168,6 @@ def test_linear_regression_nystrom_from_the_stored_sketch():
     assert helpers.relative_error(scores, golden.arrays["pydvl/infl_nystroem_rank20_seed0"]) < 1e-9
 
 
-@pytest.mark.quick
 def test_digits_nystrom_as_a_preconditioner():
     """A hundred products in advance save five sixths of the iterations, for the same answer."""
     golden, steps = digits(jnp.float32), []
@@ -195,6 +196,7 @@ DAMPINGS = {"1e-3": 1e-3, "1e-2": 1e-2, "heuristic": ij.RelativeDamping(0.1)}
 EKFAC = np.load(helpers.GOLDEN / "digits_ekfac.npz")
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize(("kind", "labels"), [("emp", "empirical"), ("true", "exact")])
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-9), (jnp.float32, 1e-3)])

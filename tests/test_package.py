@@ -159,10 +159,20 @@ def test_architecture_of_the_readme_is_that_of_the_imports():
     assert table == [layer for layer, before in zip(tops, [[], *tops], strict=False) if layer != before]
 
 
-def test_files_are_short_and_functions_fit_a_screen():
+def test_files_are_short():
+    root = PACKAGE.parent
+    paths = [
+        path
+        for folder in ("influence_jax", "tests", "examples", "benchmarks")
+        for path in root.glob(f"{folder}/**/*.py")
+    ]
+    lengths = {str(path.relative_to(root)): len(path.read_text().splitlines()) for path in paths}
+    assert "tests/test_package.py" in lengths
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_functions_fit_a_screen():
     for name, path in modules().items():
-        lines = path.read_text().splitlines()
-        assert len(lines) <= 400, f"{name} has {len(lines)} lines"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
@@ -216,6 +226,7 @@ class TestJaxVersions:
         assert "pip install --upgrade 'jax>=0.9.0,!=0.10.*'" in message
 
 
+@pytest.mark.as_users
 class TestProbe:
     """Programs that jax 0.10 gets wrong on CPU; any jax that fails here must be excluded, never retried."""
 

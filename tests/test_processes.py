@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import QUICK
 from helpers import relative_error
 
 import influence_jax as ij
@@ -77,7 +78,8 @@ def example():
 @pytest.fixture
 def run(example, tmp_path, monkeypatch):
     """Run the worker in two processes of two devices each, and tell its exit code."""
-    monkeypatch.setenv("XLA_FLAGS", "")
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["INFLUENCE_JAX_PROGRAMS"])
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     script = tmp_path / "worker.py"
@@ -118,7 +120,8 @@ class TestTwoProcesses:
         assert relative_error(found["exact"], exact.influences(query, data)) < 1e-4  # the tolerance of BlockCG
 
     def test_example(self, example, tmp_path, capfd, monkeypatch):
-        monkeypatch.setenv("XLA_FLAGS", "")
+        for name, value in QUICK.items():
+            monkeypatch.setenv(name, value)
         arguments = argparse.Namespace(processes=2, devices=1, timeout=30.0, out=tmp_path / "scores")
         assert example.launch(arguments) == 0, capfd.readouterr().err
         assert "2 processes, 2 devices" in capfd.readouterr().out

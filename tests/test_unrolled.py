@@ -13,7 +13,7 @@ from influence_jax import unrolled
 from influence_jax.training import training
 
 COUNT, CLASSES, EPOCHS, PENALTY = 11, 3, 3, 0.03
-PARAMS = helpers.random_mlp(jax.random.key(0))
+PARAMS = helpers.random_mlp(jax.random.key(0), biases=False)
 DATA = helpers.random_batch(jax.random.key(1), COUNT, 5, CLASSES, classes=True)
 QUERY = helpers.random_batch(jax.random.key(2), 5, 5, CLASSES, classes=True)
 KEY, OTHER_KEY = jax.random.key(3), jax.random.key(8)
@@ -238,7 +238,7 @@ class TestUnrolled:
 
     def test_predicts_leaving_one_out(self):
         """The sign and scale of the library: without example i, the loss changes by about score / N."""
-        train = made("momentum", epochs=20, penalty=0.3)
+        train = made("momentum", epochs=20, penalty=0.3, params=helpers.random_mlp(jax.random.key(0)))
         scores = np.asarray(unrolled.influences(train, QUERY, key=KEY))
         without = jax.vmap(train, (0, None))(~np.eye(COUNT, dtype=bool), KEY)
         changes = (np.asarray(jax.vmap(losses)(without)) - np.asarray(losses(train(ONES, KEY)))).T

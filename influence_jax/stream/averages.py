@@ -124,7 +124,7 @@ def accumulate(
 def _floating(x: Any) -> Array:
     """As float32 or wider."""
     x = jnp.asarray(x)
-    return x.astype(tree.accumulation_dtype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
+    return x.astype(tree.accumulation_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
 
 
 def _shapes(parts: PyTree) -> PyTree:

@@ -1,0 +1,204 @@
+"""Mistakes with losses, data, parameters, vectors and objectives, and with examples that a model cannot take."""
+
+from functools import partial
+
+import flax.linen as nn
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small_classifier import BATCH, GGN, INFLUENCE, OBJECTIVE, PARAMS, STACK
+
+import influence_jax as ij
+
+GGN_OF = partial(ij.GGN, OBJECTIVE, PARAMS)
+
+
+def loader():
+    yield BATCH
+
+
+def whole_batch_loss(params, batch):
+    return jnp.stack([OBJECTIVE(params, batch), OBJECTIVE(params, batch)])
+
+
+INPUTS = [
+    (
+        "loss not scalar",
+        lambda: ij.Hessian(whole_batch_loss, PARAMS, BATCH).mv(PARAMS),
+        ValueError,
+        ["loss", "whole_batch_loss", "(2,)", "scalar", "reduce"],
+    ),
+    (
+        "loss not floating",
+        lambda: ij.Hessian(lambda p, z: z.y, PARAMS, BATCH).mv(PARAMS),
+        TypeError,
+        ["loss", "int64", "floating"],
+    ),
+    (
+        "lengths disagree",
+        lambda: ij.Batch(np.ones((4, 2)), np.ones(3)),
+        ValueError,
+        ["Batch", "'x': 4", "'y': 3", "same"],
+    ),
+    (
+        "lengths disagree in a dict",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, {"x": np.ones((4, 2)), "y": np.ones(3)}),
+        ValueError,
+        ["data", "'x': 4", "'y': 3"],
+    ),
+    (
+        "empty batch",
+        lambda: INFLUENCE.influences(jax.tree.map(lambda x: x[:0], BATCH), BATCH),
+        ValueError,
+        ["query", "no examples", "at least one"],
+    ),
+    (
+        "scalar leaf",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, {"x": np.float64(3.0)}),
+        ValueError,
+        ["data", "'x'", "scalar", "[None]"],
+    ),
+    ("no arrays", lambda: ij.GGN(OBJECTIVE, PARAMS, {}), ValueError, ["data", "without arrays"]),
+    ("loader as data", lambda: ij.GGN(OBJECTIVE, PARAMS, loader()), TypeError, ["data", "generator", "concatenate"]),
+    (
+        "list of numbers as data",
+        lambda: ij.per_example_grads(OBJECTIVE, PARAMS, {"x": [1.0, 2.0]}),
+        TypeError,
+        ["batch", "'x/0'", "float", "asarray"],
+    ),
+    (
+        "strings as data",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, {"x": np.array(["a", "b"])}),
+        TypeError,
+        ["data", "'x'", "encode"],
+    ),
+    (
+        "integer params",
+        lambda: ij.Identity({"w": jnp.ones(2), "step": jnp.arange(2)}),
+        TypeError,
+        ["params", "'step'", "int64", "constants"],
+    ),
+    (
+        "complex params",
+        lambda: ij.Identity({"w": jnp.ones(2, jnp.complex128)}),
+        TypeError,
+        ["params", "'w'", "complex"],
+    ),
+    ("no params", lambda: ij.GGN(OBJECTIVE, {}, BATCH), ValueError, ["params", "without leaves"]),
+    (
+        "params that share a name",
+        lambda: ij.Identity({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}),
+        ValueError,
+        ["params", "a/b", "rename"],
+    ),
+    (
+        "vector of another structure",
+        lambda: GGN.mv({"w": jnp.ones(3)}),
+        ValueError,
+        ["v", "missing", "unexpected", "'w'"],
+    ),
+    ("flat vector", lambda: GGN.mv(jnp.ones(39)), ValueError, ["v", "(39,)", "unflatten"]),
+    (
+        "vector of another shape",
+        lambda: GGN.mv({**PARAMS, "layer0": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(4)}}),
+        ValueError,
+        ["v", "'layer0/kernel'", "(4, 5)", "(5, 4)"],
+    ),
+    (
+        "integer vector",
+        lambda: ij.Identity({"w": jnp.ones(2)}).mv({"w": jnp.arange(2)}),
+        TypeError,
+        ["v", "'w'", "floating"],
+    ),
+    ("vector for a stack", lambda: INFLUENCE.inverse.solve_many(PARAMS), ValueError, ["V", "'layer0/bias'"]),
+    ("stack for a vector", lambda: INFLUENCE.inverse.solve(STACK), ValueError, ["v", "(1, 4)", "(4,)"]),
+    (
+        "flat factors",
+        lambda: INFLUENCE.influences_from_factors(jnp.ones((2, 39)), BATCH),
+        ValueError,
+        ["factors", "unflatten"],
+    ),
+    (
+        "uneven stack",
+        lambda: GGN.mm({**STACK, "layer1": jax.tree.map(lambda x: jnp.ones((2, *x.shape)), PARAMS["layer1"])}),
+        ValueError,
+        ["V", "leading", "length"],
+    ),
+    (
+        "GGN of a bare function",
+        lambda: ij.GGN(lambda p, z: OBJECTIVE(p, z), PARAMS, BATCH),
+        TypeError,
+        ["objective", "GGN", "Objective(predict, loss)", "Hessian"],
+    ),
+    ("objective not callable", lambda: ij.Hessian("loss", PARAMS, BATCH), TypeError, ["objective", "str"]),
+    (
+        "predict not callable",
+        lambda: ij.Objective(jnp.ones(3), helpers.cross_entropy),
+        TypeError,
+        ["predict", "function"],
+    ),
+]
+
+EXAMPLES = [
+    (
+        "list of batches",
+        lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS).fit([BATCH, BATCH]),
+        TypeError,
+        ["predict", "at helpers.py:", "AttributeError", "0/x float64[5]", "ONE example"],
+    ),
+    (
+        "arrays in a list for a model that wants a Batch",
+        lambda: INFLUENCE.influences([BATCH.x, BATCH.y], BATCH),
+        TypeError,
+        ["predict", "mlp", "AttributeError", "example (0 float64[5], 1 int64[])", "ONE example"],
+    ),
+    (
+        "inputs of another width",
+        lambda: INFLUENCE.influences(ij.Batch(BATCH.x[:, :3], BATCH.y), BATCH),
+        TypeError,
+        ["predict", "mlp", "(3,) and (5,)", "layer0/kernel float64[5, 4]", "x float64[3]", "ONE example"],
+    ),
+    (
+        "one-hot labels for a loss of integers",
+        lambda: GGN_OF(ij.Batch(BATCH.x, jax.nn.one_hot(BATCH.y, 3))).mv(PARAMS),
+        TypeError,
+        ["loss", "cross_entropy", "integer", "y float64[3]"],
+    ),
+    (
+        "variables in place of params",
+        lambda: ij.GGN(OBJECTIVE, {"params": PARAMS}, BATCH).mv({"params": PARAMS}),
+        ValueError,
+        ["predict", "KeyError: 'kernel'", "params/layer0/kernel", "params as they were passed"],
+    ),
+    (
+        "model that wants a batch",
+        lambda: ij.per_example_grads(lambda p, z: jnp.mean(z.x[:, 0] * p["w"]), {"w": jnp.ones(())}, BATCH),
+        ValueError,
+        ["objective", "Too many indices", "x float64[5]", "without a batch axis"],
+    ),
+    (
+        "function of params only",
+        lambda: ij.per_example_grads(lambda params: 0.0, PARAMS, BATCH),
+        TypeError,
+        ["objective", "takes 1 positional argument but 2 were given", "example"],
+    ),
+    (
+        "loss of nothing",
+        lambda: ij.per_example_grads(lambda params, example: None, PARAMS, BATCH),
+        TypeError,
+        ["loss", "NoneType", "expected a scalar"],
+    ),
+    (
+        "branch on a value",
+        lambda: ij.per_example_grads(lambda p, z: p["w"] if z.x[0] > 0 else 0.0, {"w": jnp.ones(())}, BATCH),
+        TypeError,
+        ["objective", "TracerBoolConversionError", "x float64[5]"],
+    ),
+    (
+        "flax module in place of an objective",
+        lambda: ij.GGN(nn.Dense(3), PARAMS, BATCH),
+        TypeError,
+        ["objective", "Dense", "from_linen(module, variables, loss)"],
+    ),
+]

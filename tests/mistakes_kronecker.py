@@ -1,0 +1,116 @@
+"""Mistakes with Kronecker factors, coverage and influences of tokens, and the words that each is told in."""
+
+import dataclasses
+
+import helpers
+import jax
+import jax.numpy as jnp
+from small_classifier import BATCH, INFLUENCE, OBJECTIVE, PARAMS, kronecker
+
+import influence_jax as ij
+
+
+def sequences(**options):
+    """EK-FAC of a model whose output has an axis of positions."""
+    objective = ij.Objective(lambda p, z: p["table"][z.x], lambda out, z: jnp.sum(out**2))
+    params, batch = {"table": jnp.ones((7, 3))}, ij.Batch(jnp.zeros((4, 2), jnp.int32))
+    return ij.ekfac(objective, params, batch, **options)
+
+
+def not_convex():
+    return ij.ekfac(ij.Objective(helpers.mlp, lambda out, z: jnp.sum(jnp.cos(out))), PARAMS, BATCH)
+
+
+KRONECKER = [
+    (
+        "labels unknown",
+        lambda: kronecker(labels="true"),
+        ValueError,
+        ["labels", "'true'", "exact", "sampled", "empirical"],
+    ),
+    ("sampled labels without key", lambda: kronecker(labels="sampled"), ValueError, ["key", "sampled", "None"]),
+    (
+        "true labels of a bare function",
+        lambda: ij.kfac(lambda p, z: OBJECTIVE(p, z), PARAMS, BATCH),
+        TypeError,
+        ["objective", "labels='exact'", "Objective(predict, loss)", "labels='empirical'"],
+    ),
+    (
+        "exact labels of sequences",
+        sequences,
+        ValueError,
+        ["objective", "(2, 3)", "1024", "labels='sampled'", "labels='empirical'"],
+    ),
+    (
+        "sampled labels of sequences without sample",
+        lambda: sequences(labels="sampled", key=jax.random.key(0)),
+        ValueError,
+        ["objective", "(2, 3)", "sample=influence_jax.softmax_sample"],
+    ),
+    (
+        "exact labels of a loss that is not convex",
+        not_convex,
+        ValueError,
+        ["not finite", "layer", "convex", "empirical"],
+    ),
+    ("mask not a function", lambda: kronecker(mask=jnp.ones(3)), TypeError, ["mask", "function", "(T,)"]),
+    ("mask of two axes", lambda: kronecker(mask=lambda z: jnp.ones((2, 2))), ValueError, ["mask", "(2, 2)", "(T,)"]),
+    ("mask of another length", lambda: kronecker(mask=lambda z: jnp.ones(17)), ValueError, ["mask", "17", "positions"]),
+    ("max_side zero", lambda: kronecker(max_side=0), ValueError, ["max_side", "0", "positive"]),
+    (
+        "Kronecker weights negative",
+        lambda: kronecker(weights=-jnp.ones(9)),
+        ValueError,
+        ["weights", "-1.0", "non-negative"],
+    ),
+    (
+        "NaN in data for K-FAC",
+        lambda: ij.kfac(OBJECTIVE, PARAMS, ij.Batch(jnp.asarray(BATCH.x).at[0, 0].set(jnp.nan), BATCH.y)),
+        ValueError,
+        ["data", "'x'", "NaN"],
+    ),
+    (
+        "mask of a flat output",
+        lambda: kronecker(mask=lambda z: jnp.ones(3)),
+        ValueError,
+        ["mask", "(3,)", "(3, 1)"],
+    ),
+    (
+        "relative damping of blocks for a solver with one",
+        lambda: ij.invert(kronecker(), ij.CG(ij.RelativeDamping(0.1))),
+        ValueError,
+        ["damping", "each block", "Direct", "Blockwise"],
+    ),
+    (
+        "share of an unknown kind",
+        lambda: ij.coverage(OBJECTIVE, PARAMS, jax.tree.map(lambda x: x[0], BATCH)).share("matrx"),
+        ValueError,
+        ["kinds", "matrx", "matrix"],
+    ),
+    (
+        "coverage of a batch",
+        lambda: ij.coverage(ij.Objective(helpers.linear, helpers.cross_entropy), PARAMS["layer0"], BATCH),
+        (TypeError, ValueError),
+        ["loss", "one example", "batch axis"],
+    ),
+    (
+        "token influences of whole examples",
+        lambda: INFLUENCE.token_influences(BATCH, BATCH),
+        ValueError,
+        ["output", "(3,)", "(T, C)", "influences"],
+    ),
+    (
+        "token influences of two outputs",
+        lambda: dataclasses.replace(
+            INFLUENCE, objective=ij.Objective(lambda p, z: (z.x, z.x), lambda out, z: out[0].sum())
+        ).token_influences(BATCH, BATCH),
+        ValueError,
+        ["output", "((5,), (5,))", "(T, C)"],
+    ),
+    (
+        "token influences of a bare function",
+        lambda: dataclasses.replace(INFLUENCE, objective=lambda p, z: OBJECTIVE(p, z)).token_influences(BATCH, BATCH),
+        TypeError,
+        ["objective", "token_influences", "Objective(predict, loss)"],
+    ),
+]

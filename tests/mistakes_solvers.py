@@ -1,0 +1,133 @@
+"""Mistakes with dampings, solvers, blocks and keys, and with what is asked of influences."""
+
+import helpers
+import jax.numpy as jnp
+import numpy as np
+from small_classifier import BATCH, GGN, INFLUENCE, OBJECTIVE, PARAMS, STACK
+
+import influence_jax as ij
+
+
+def tokens():
+    objective = ij.Objective(lambda p, z: p["table"][z.x].mean(0), helpers.cross_entropy)
+    params = {"table": jnp.ones((7, 3))}
+    batch = ij.Batch(jnp.zeros((4, 2), jnp.int32), jnp.zeros(4, jnp.int32))
+    return ij.Influence(objective, params, ij.Identity(params)).influences(batch, batch, "perturbation")
+
+
+SOLVERS = [
+    ("negative damping", lambda: ij.CG(-1e-3), ValueError, ["damping", "-0.001", "non-negative"]),
+    ("string damping", lambda: ij.Direct("auto"), TypeError, ["damping", "'auto'", "RelativeDamping"]),
+    ("infinite damping", lambda: ij.Eigh(float("inf")), ValueError, ["damping", "inf"]),
+    ("no damping", lambda: ij.CG(None), TypeError, ["damping", "None"]),
+    ("vector damping", lambda: ij.CG(jnp.ones(3)), TypeError, ["damping"]),
+    ("negative relative damping", lambda: ij.RelativeDamping(-0.1), ValueError, ["factor", "-0.1"]),
+    ("negative damping later", lambda: ij.invert(GGN, ij.CG(1.0)).with_damping(-1.0), ValueError, ["damping", "-1.0"]),
+    ("max_steps not an int", lambda: ij.CG(max_steps=1e3), TypeError, ["max_steps", "1000.0"]),
+    ("max_steps zero", lambda: ij.CG(max_steps=0), ValueError, ["max_steps", "0"]),
+    ("string tolerance", lambda: ij.CG(rtol="tight"), TypeError, ["rtol", "'tight'"]),
+    ("preconditioner", lambda: ij.CG(preconditioner="jacobi"), TypeError, ["preconditioner", "'jacobi'"]),
+    ("solver class", lambda: ij.invert(GGN, ij.CG), TypeError, ["solver", "CG(damping=1e-3)"]),
+    ("solver string", lambda: ij.invert(GGN, "cg"), TypeError, ["solver", "'cg'"]),
+    ("operator", lambda: ij.invert(jnp.eye(3), ij.CG()), TypeError, ["op", "LinearOperator"]),
+    ("inverse", lambda: ij.Influence(OBJECTIVE, PARAMS, ij.CG(0.1)), TypeError, ["inverse", "CG", "invert"]),
+    (
+        "inverse of another space",
+        lambda: ij.Influence(OBJECTIVE, PARAMS, ij.Identity({"w": jnp.ones(2)})),
+        ValueError,
+        ["params", "inverse"],
+    ),
+    ("measurement", lambda: ij.Influence(OBJECTIVE, PARAMS, GGN, measurement=3), TypeError, ["measurement", "int"]),
+    (
+        "unknown mode",
+        lambda: INFLUENCE.influences(BATCH, BATCH, "down"),
+        ValueError,
+        ["mode", "'down'", "'up'", "'perturbation'"],
+    ),
+    (
+        "mode of factors",
+        lambda: INFLUENCE.influences_from_factors(STACK, BATCH, "garbage"),
+        ValueError,
+        ["mode", "'garbage'"],
+    ),
+    ("mode not a string", lambda: INFLUENCE.influences(BATCH, BATCH, ["up"]), ValueError, ["mode", "['up']"]),
+    (
+        "bad wrt",
+        lambda: INFLUENCE.influences(BATCH, BATCH, "perturbation", wrt="z"),
+        ValueError,
+        ["wrt", "'z'", "'x', 'y'"],
+    ),
+    (
+        "wrt labels",
+        lambda: INFLUENCE.influences(BATCH, BATCH, "perturbation", wrt="y"),
+        TypeError,
+        ["wrt", "'y'", "int64", "embed"],
+    ),
+    ("tokens", tokens, TypeError, ["wrt", "'x'", "int32", "embed"]),
+    ("k > N", lambda: INFLUENCE.top_k(BATCH, BATCH, 10), ValueError, ["k", "10", "between 1 and 9"]),
+    ("k = 0", lambda: INFLUENCE.top_k(BATCH, BATCH, 0), ValueError, ["k", "0"]),
+    ("k not an int", lambda: INFLUENCE.top_k(BATCH, BATCH, 2.0), TypeError, ["k", "2.0", "int"]),
+]
+
+BLOCKS = [
+    ("block of a number", lambda: ij.Blockwise(ij.CG(0.1), {"a": 3}), TypeError, ["blocks", "'a': 3", "list"]),
+    (
+        "block of nothing",
+        lambda: ij.Blockwise(ij.CG(0.1), {"a": [], "b": ["layer0"]}),
+        TypeError,
+        ["blocks", "'a': []"],
+    ),
+    (
+        "empty block",
+        lambda: ij.invert(ij.Diagonal({"a": jnp.ones(2), "e": jnp.ones(0)}), ij.Blockwise(ij.Direct(0.1))),
+        ValueError,
+        ["block 'e'", "no entries"],
+    ),
+    (
+        "structured array",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, np.zeros(3, [("a", "f4")])),
+        TypeError,
+        ["data", "'a'", "numbers"],
+    ),
+    (
+        "perturbing a bare array",
+        lambda: ij.mixed_grads(lambda p, z: p["w"] @ z, {"w": jnp.ones(2)}, jnp.ones((3, 2))),
+        ValueError,
+        ["wrt", "'x'", "{'x': batch}"],
+    ),
+    (
+        "relative damping in a preconditioner",
+        lambda: ij.invert(
+            ij.Diagonal({"a": -jnp.ones(2)}), ij.CG(3.0, preconditioner=ij.Direct(ij.RelativeDamping(0.1)))
+        ),
+        ValueError,
+        ["damping", "mean eigenvalue", "absolute"],
+    ),
+    (
+        "relative damping in a block",
+        lambda: ij.invert(
+            ij.Diagonal({"a": -jnp.ones(2), "b": jnp.ones(1)}), ij.Blockwise(ij.Direct(ij.RelativeDamping(0.1)))
+        ),
+        ValueError,
+        ["damping", "block 'a'", "absolute"],
+    ),
+    (
+        "Cholesky at another damping in a block",
+        lambda: ij.invert(GGN, ij.Blockwise(ij.Direct(0.1))).with_damping(0.2),
+        ValueError,
+        ["damping", "Eigh", "block 'layer0'"],
+    ),
+    ("number as a key", lambda: ij.invert(GGN, ij.CG(0.1), key=0), TypeError, ["key", "0", "jax.random.key"]),
+    (
+        "mode as an array",
+        lambda: INFLUENCE.influences(BATCH, BATCH, np.array(["up", "up"])),
+        ValueError,
+        ["mode", "expected"],
+    ),
+    (
+        "wrt a part that is None",
+        lambda: ij.mixed_grads(lambda p, z: jnp.sum(p["w"]), {"w": jnp.ones(2)}, ij.Batch(jnp.ones(3)), wrt="y"),
+        ValueError,
+        ["wrt", "'y'", "empty"],
+    ),
+]

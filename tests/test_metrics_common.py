@@ -1,0 +1,190 @@
+"""What all measures have in common: transformations change nothing, NaN shows, and mistakes are told in words."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from studies import KEY, by_scipy, study
+
+from influence_jax import metrics
+
+SCORES, MASKS, OUTCOMES = study(31, seeds=4)
+FLIPPED = np.array([1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0], bool)
+RELEVANT = np.tile(FLIPPED, (3, 1))
+
+# Of every measure: a function of arrays, and arrays.
+MEASURES = {
+    "correlation": (metrics.correlation, (OUTCOMES[:, 0], OUTCOMES[:, 1])),
+    "predicted_changes": (metrics.predicted_changes, (SCORES, MASKS)),
+    "lds": (metrics.lds, (SCORES, MASKS, OUTCOMES)),
+    "lds_summary": (lambda *a: metrics.lds_summary(*a, key=KEY, resamples=20), (SCORES, MASKS, OUTCOMES)),
+    "bootstrap": (lambda v: metrics.bootstrap(v, key=KEY, resamples=20), (SCORES,)),
+    "seed_agreement": (lambda o: metrics.seed_agreement(o, key=KEY, splits=3), (OUTCOMES,)),
+    "seed_ceiling": (lambda o: metrics.seed_ceiling(o, key=KEY, splits=3), (OUTCOMES,)),
+    "auc": (metrics.auc, (SCORES[0], FLIPPED)),
+    "precision_at_k": (lambda s, f: metrics.precision_at_k(s, f, 3), (SCORES[0], FLIPPED)),
+    "discovery_curve": (metrics.discovery_curve, (SCORES[0], FLIPPED)),
+    "removal_masks": (lambda s: metrics.removal_masks(s, (1, 3)), (SCORES,)),
+    "own_outcomes": (metrics.own_outcomes, (OUTCOMES[:9],)),
+    "brittleness": (lambda f: metrics.brittleness(f, range(10, 22)), (RELEVANT,)),
+    "recall_at_k": (lambda s, r: metrics.recall_at_k(s, r, 3), (SCORES, RELEVANT)),
+    "reciprocal_rank": (metrics.reciprocal_rank, (SCORES, RELEVANT)),
+    "top_k_overlap": (lambda a, b: metrics.top_k_overlap(a, b, 3), (SCORES, SCORES[::-1])),
+    "rank_stability": (metrics.rank_stability, (OUTCOMES,)),
+}
+
+
+class TestTransformations:
+    def test_every_measure_is_here(self):
+        classes = ("Interval", "Summary", "DiscoveryCurve")
+        modules = ("checks", "intervals", "rankings", "ranks", "retraining")
+        public = {name for name in dir(metrics) if not name.startswith("_")} - {*classes, *modules}
+        assert public == set(MEASURES)
+
+    @pytest.mark.parametrize("name", MEASURES)
+    def test_jit_and_vmap_change_nothing(self, name):
+        measure, arrays = MEASURES[name]
+        alone = jax.tree.leaves(measure(*arrays))
+        compiled = jax.tree.leaves(jax.jit(measure)(*arrays))
+        twice = [np.stack([x, np.roll(x, 1, axis=-1)]) for x in arrays]
+        mapped = [jax.tree.leaves(jax.vmap(measure)(*twice)), jax.tree.leaves(measure(*(x[1] for x in twice)))]
+        for one, jitted, both, rolled in zip(alone, compiled, *mapped, strict=True):
+            np.testing.assert_allclose(jitted, one, rtol=1e-12)
+            np.testing.assert_allclose(both[0], one, rtol=1e-12)
+            np.testing.assert_allclose(both[1], rolled, rtol=1e-12)
+
+    @pytest.mark.parametrize("name", MEASURES)
+    def test_nothing_is_compiled_twice(self, name, compilations):
+        measure, arrays = MEASURES[name]
+        measure(*arrays)
+        with compilations() as names:
+            measure(*(np.roll(x, 1, axis=-1) for x in arrays))
+        assert names == []
+
+    @pytest.mark.parametrize("name", sorted(set(MEASURES) - {"brittleness", "own_outcomes", "removal_masks"}))
+    def test_nan_inside_of_jit_gives_nan(self, name):
+        """Wherever it is: no measure takes it for a number."""
+        measure, (first, *others) = MEASURES[name]
+        for place in (0, 5, -1):
+            spoilt = first.copy()
+            spoilt.reshape(-1)[place] = np.nan
+            got = jax.tree.leaves(jax.jit(measure)(spoilt, *others))
+            assert any(np.isnan(leaf).any() for leaf in got)
+
+    def test_gradients_of_predictions(self):
+        """Predicted changes, and Pearson correlations, can be improved by gradient."""
+        slope = jax.grad(lambda s: jnp.sum(metrics.lds(s, MASKS, OUTCOMES, method="pearson")))(jnp.asarray(SCORES))
+        step = 1e-6 * np.random.default_rng(32).normal(size=SCORES.shape)
+        ahead, behind = (np.sum(by_scipy(SCORES + s, MASKS, OUTCOMES, "pearson")) for s in (step, -step))
+        assert relative_error(jnp.sum(slope * step), (ahead - behind) / 2) < 1e-5
+
+
+def bad(measure, error, message, *args, **kwargs):
+    return pytest.param(measure, error, message, args, kwargs, id=f"{measure.__name__}-{message[:40]}")
+
+
+def spoilt(array, value=np.nan):
+    array = np.array(array, float)
+    array.reshape(-1)[1] = value
+    return array
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("measure", "error", "message", "args", "kwargs"),
+        [
+            bad(
+                metrics.lds, ValueError, r"masks: got shape \(12, 10\), expected \(12, 12\)", SCORES, MASKS.T, OUTCOMES
+            ),
+            bad(metrics.lds, ValueError, r"scores: got shape \(12,\), expected \(Q, N\)", SCORES[0], MASKS, OUTCOMES),
+            bad(
+                metrics.lds, ValueError, r"outcomes: got shape \(10, 2\), .*\(10, 3\)", SCORES, MASKS, OUTCOMES[..., :2]
+            ),
+            bad(metrics.lds, ValueError, r"outcomes: .*\(S, Q\) or \(S, K, Q\)", SCORES, MASKS, OUTCOMES[0, 0]),
+            bad(metrics.lds, ValueError, "masks: got entries such as 0.5, .*0 and 1", SCORES, MASKS * 0.5, OUTCOMES),
+            bad(metrics.lds, ValueError, "masks: got entries such as nan", SCORES, spoilt(MASKS), OUTCOMES),
+            bad(metrics.lds, ValueError, "masks: got 2 subsets, expected at least 3", SCORES, MASKS[:2], OUTCOMES[:2]),
+            bad(metrics.lds, ValueError, "scores: got 1 entries of 36 that are NaN", spoilt(SCORES), MASKS, OUTCOMES),
+            bad(metrics.lds, ValueError, "outcomes: got 1 .*diverged", SCORES, MASKS, spoilt(OUTCOMES, np.inf)),
+            bad(metrics.lds, ValueError, "method: got 'kendall'", SCORES, MASKS, OUTCOMES, method="kendall"),
+            bad(metrics.lds, TypeError, "scores: got a dict", {"scores": SCORES}, MASKS, OUTCOMES),
+            bad(metrics.lds, TypeError, "scores: got a str", "scores", MASKS, OUTCOMES),
+            bad(metrics.lds, TypeError, "scores: got dtype <U", SCORES.astype(str), MASKS, OUTCOMES),
+            bad(metrics.lds, TypeError, "scores: got dtype object", SCORES.astype(object), MASKS, OUTCOMES),
+            bad(metrics.lds, TypeError, "scores: got dtype complex", SCORES.astype(complex), MASKS, OUTCOMES),
+            bad(metrics.lds, TypeError, "scores: got dtype key", jax.random.split(KEY, 3)[:, None], MASKS, OUTCOMES),
+            bad(metrics.predicted_changes, ValueError, "scores: got shape", SCORES[:0], MASKS),
+            bad(
+                metrics.correlation, ValueError, r"measured: got shape \(9,\), expected \(8,\)", np.ones(8), np.ones(9)
+            ),
+            bad(metrics.correlation, ValueError, "predicted: got 2 rows", np.ones(2), np.ones(2)),
+            bad(metrics.correlation, ValueError, r"predicted: got shape \(\)", 1.0, 1.0),
+            bad(metrics.correlation, ValueError, "method: got 'tau'", np.ones(8), np.ones(8), method="tau"),
+            bad(metrics.lds_summary, ValueError, "key: .*pass key=", SCORES, MASKS, OUTCOMES, key=None),
+            bad(metrics.lds_summary, ValueError, "level: got 95", SCORES, MASKS, OUTCOMES, key=KEY, level=95),
+            bad(metrics.lds_summary, ValueError, "level: got 1.0", SCORES, MASKS, OUTCOMES, key=KEY, level=1.0),
+            bad(metrics.lds_summary, ValueError, "resamples: got 0", SCORES, MASKS, OUTCOMES, key=KEY, resamples=0),
+            bad(metrics.lds_summary, ValueError, "method: got 'tau'", SCORES, MASKS, OUTCOMES, key=KEY, method="tau"),
+            bad(metrics.bootstrap, ValueError, "values: got 1 rows, expected at least 2", np.ones(1), key=KEY),
+            bad(metrics.bootstrap, ValueError, "values: .*disagree in length", (np.ones(3), np.ones(4)), key=KEY),
+            bad(metrics.bootstrap, TypeError, "statistic: got 'mean'", np.ones(3), key=KEY, statistic="mean"),
+            bad(metrics.bootstrap, TypeError, "resamples: got 9.5", np.ones(3), key=KEY, resamples=9.5),
+            bad(metrics.bootstrap, TypeError, "key: .*got 0", np.ones(3), key=0),
+            bad(metrics.seed_agreement, ValueError, r"outcomes: .*\(S, K, Q\)", OUTCOMES[:, 0], key=KEY),
+            bad(
+                metrics.seed_agreement,
+                ValueError,
+                "outcomes: got 1 seeds, expected at least 2",
+                OUTCOMES[:, :1],
+                key=KEY,
+            ),
+            bad(metrics.seed_agreement, ValueError, "outcomes: got 2 subsets", OUTCOMES[:2], key=KEY),
+            bad(metrics.seed_agreement, ValueError, "splits: got 0", OUTCOMES, key=KEY, splits=0),
+            bad(metrics.seed_agreement, ValueError, "key: ", OUTCOMES, key=None),
+            bad(metrics.seed_ceiling, ValueError, "outcomes: got 1 seeds", OUTCOMES[:, :1], key=KEY),
+            bad(metrics.seed_ceiling, ValueError, "method: got 'tau'", OUTCOMES, key=KEY, method="tau"),
+            bad(metrics.auc, ValueError, r"flipped: got shape \(11,\), expected \(12,\)", SCORES[0], FLIPPED[1:]),
+            bad(metrics.auc, ValueError, "flipped: got entries such as 2", SCORES[0], FLIPPED * 2),
+            bad(metrics.auc, ValueError, r"suspicion: got shape \(3, 12\), expected \(N,\)", SCORES, FLIPPED),
+            bad(metrics.auc, ValueError, "suspicion: got 1 entries", spoilt(SCORES[0]), FLIPPED),
+            bad(metrics.precision_at_k, ValueError, "k: got 13, expected at most 12", SCORES[0], FLIPPED, 13),
+            bad(metrics.precision_at_k, ValueError, "k: got 0", SCORES[0], FLIPPED, 0),
+            bad(metrics.precision_at_k, TypeError, "k: got 0.5", SCORES[0], FLIPPED, 0.5),
+            bad(metrics.discovery_curve, ValueError, "flipped: got shape", SCORES[0], FLIPPED[1:]),
+            bad(metrics.removal_masks, ValueError, r"counts: got \[12\], expected 0 to 11", SCORES, [12]),
+            bad(metrics.removal_masks, ValueError, r"counts: got \[-1\]", SCORES, [-1]),
+            bad(metrics.removal_masks, ValueError, r"counts: got \[0.1\], expected a list of ints", SCORES, [0.1]),
+            bad(metrics.removal_masks, ValueError, "counts: got 3, expected a list", SCORES, 3),
+            bad(metrics.removal_masks, ValueError, "remove: got 'best'", SCORES, [3], remove="best"),
+            bad(metrics.removal_masks, ValueError, "scores: got 1 entries", spoilt(SCORES), [3]),
+            bad(metrics.own_outcomes, ValueError, "outcomes: got 10 subsets and 3 queries", OUTCOMES),
+            bad(metrics.brittleness, ValueError, r"counts: got shape \(2,\), expected \(12,\)", RELEVANT, [1, 2]),
+            bad(metrics.brittleness, ValueError, "flipped: got entries such as", SCORES, range(12)),
+            bad(metrics.recall_at_k, ValueError, r"relevant: got shape \(12,\)", SCORES, FLIPPED, 3),
+            bad(metrics.recall_at_k, ValueError, r"relevant: got shape \(2, 12\)", SCORES, RELEVANT[:2], 3),
+            bad(metrics.recall_at_k, ValueError, "k: got 13", SCORES, RELEVANT, 13),
+            bad(metrics.reciprocal_rank, ValueError, "relevant: got entries such as 3", SCORES, RELEVANT * 3),
+            bad(
+                metrics.top_k_overlap, ValueError, r"b: got shape \(2, 12\), expected \(3, 12\)", SCORES, SCORES[:2], 3
+            ),
+            bad(metrics.top_k_overlap, ValueError, "k: got 13", SCORES, SCORES, 13),
+            bad(metrics.rank_stability, ValueError, "scores: got 1 runs, expected at least 2", OUTCOMES[:1]),
+            bad(metrics.rank_stability, ValueError, "scores: got 2 examples", OUTCOMES[..., :2]),
+            bad(metrics.rank_stability, ValueError, r"scores: got shape \(3, 12\)", SCORES),
+        ],
+    )
+    def test_are_told_in_words(self, measure, error, message, args, kwargs):
+        with pytest.raises(error, match=message):
+            measure(*args, **kwargs)
+
+    def test_shapes_are_checked_under_jit(self):
+        with pytest.raises(ValueError, match="masks: got shape"):
+            jax.jit(metrics.lds)(SCORES, MASKS[:, 1:], OUTCOMES)
+
+    def test_double_precision_lost_is_refused(self, float32):
+        with pytest.raises(TypeError, match=r"scores: got float64 but 64-bit mode is off.*astype"):
+            metrics.lds(SCORES, MASKS, OUTCOMES)
+
+    def test_lists_will_do(self):
+        assert metrics.auc([0.9, 0.1], [1, 0]) == 1
