@@ -83,6 +83,7 @@ compile_quickly(True)  # also what test modules compute when they are imported
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: left out by default; `-m thorough` runs these, `-m ''` all")
     config.addinivalue_line("markers", "as_users: compiled with all optimisations, as users do")
     # One process may look up a program while another is writing it, and then compiles it itself.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")

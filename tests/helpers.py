@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import influence_jax as ij
 from influence_jax.objective import as_objective
@@ -216,3 +217,11 @@ def tiny_mlp(loss: str) -> tuple[dict, ij.Objective, dict, ij.Batch, ij.Batch]:
     objective = {"mse": REGRESSION, "ce": CLASSIFICATION}[loss]
     train, query = ij.Batch(arrays["x"], arrays["y"]), ij.Batch(arrays["x_test"], arrays["y_test"])
     return arrays, objective, params, train, query
+
+
+def mainly(cases: Any, *quick: Any) -> list:
+    """Cases to parametrize a test with; those beside `quick`, the same law at more settings, are marked thorough."""
+    cases = list(cases)
+    assert all(case in cases for case in quick), quick
+    arguments = lambda case: case if isinstance(case, tuple) else (case,)
+    return [case if case in quick else pytest.param(*arguments(case), marks=pytest.mark.thorough) for case in cases]

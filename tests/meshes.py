@@ -49,8 +49,11 @@ def mesh_of_case(request):
     return MESHES[name](kind)
 
 
-def on(*cases):
-    return pytest.mark.parametrize("mesh", cases, indirect=True, ids=lambda case: f"{case[0]}, {case[1].name}")
+def on(*cases, thorough=()):
+    """Run a test on these meshes, and when all tests are run on those as well."""
+    more = [pytest.param(case, marks=pytest.mark.thorough) for case in thorough if case not in cases]
+    name = lambda case: f"{case[0]}, {case[1].name}"
+    return pytest.mark.parametrize("mesh", [*cases, *more], indirect=True, ids=name)
 
 
 def problem(count, seed=0):

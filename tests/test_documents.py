@@ -9,6 +9,7 @@ import types
 
 import jupytext
 import matplotlib
+import pytest
 from conftest import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -132,6 +133,7 @@ def test_quickstart(tmp_path):
     assert precision == recall >= 70, printed
 
 
+@pytest.mark.thorough
 def test_transformer(tmp_path):
     picture = tmp_path / "transformer.png"
     data = ("--sequences", "200", "--letters", "64", "--steps", "200", "--batch", "8")
@@ -143,6 +145,7 @@ def test_transformer(tmp_path):
     assert hits >= 5 > share / 5, printed  # many times the share among all
 
 
+@pytest.mark.thorough
 def test_training_loop(tmp_path):
     picture = tmp_path / "training_loop.png"
     small = ("--train", "400", "--epochs", "12", "--every", "4", "--picture", str(picture))
@@ -155,6 +158,7 @@ def test_training_loop(tmp_path):
     assert min(precisions) > 80, printed
 
 
+@pytest.mark.thorough
 def test_mislabels(tmp_path):
     picture = tmp_path / "mislabels.png"
     small = ("--train", "300", "--checked", "40", "--hidden", "8", "--epochs", "60", "--picture", str(picture))
@@ -168,6 +172,7 @@ def test_mislabels(tmp_path):
     assert [best, second] == sorted(area, key=area.get)[:0:-1], printed
 
 
+@pytest.mark.thorough
 def test_lds_study(tmp_path):
     picture = tmp_path / "lds_study.png"
     small = ("--train", "200", "--queries", "30", "--subsets", "15", "--seeds", "2", "--hidden", "4")
@@ -178,6 +183,7 @@ def test_lds_study(tmp_path):
     assert scores["gradient dot"] < scores["exact Gauss-Newton"] < scores["ceiling of the seeds"] <= 1, printed
 
 
+@pytest.mark.thorough
 def test_damping(tmp_path):
     picture = tmp_path / "damping.png"
     small = ("--train", "200", "--queries", "60", "--subsets", "15", "--hidden", "4", "--picture", str(picture))
@@ -190,6 +196,7 @@ def test_damping(tmp_path):
     assert float(judged) > swept["1.0e+00"] + 0.1, printed
 
 
+@pytest.mark.thorough
 def test_repair(tmp_path):
     picture = tmp_path / "repair.png"
     small = ("--train", "300", "--checked", "60", "--hidden", "8", "--seeds", "3", "--picture", str(picture))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mainly
 
 import influence_jax as ij
 
@@ -98,7 +99,7 @@ def test_digits_influence(curvature):
         assert helpers.relative_error(scores, golden.reference(f"infl_{curvature}_lam0.001")) < 1e-9
 
 
-@pytest.mark.parametrize("curvature", ["GGN", "EF"])
+@pytest.mark.parametrize("curvature", mainly(["GGN", "EF"], "GGN"))
 def test_digits_cholesky_and_cg(curvature):
     golden = digits()
     expected = golden.reference(f"infl_{curvature}_lam0.01")
@@ -109,7 +110,7 @@ def test_digits_cholesky_and_cg(curvature):
 
 @pytest.mark.as_users
 @pytest.mark.parametrize("solver", [ij.Direct(1e-2), ij.CG(1e-2)], ids=["direct", "cg"])
-@pytest.mark.parametrize("problem", [linear_regression, digits])
+@pytest.mark.parametrize("problem", mainly([linear_regression, digits], digits))
 @pytest.mark.parametrize("curvature", ["H", "GGN"])
 def test_float32(float32, problem, curvature, solver):
     """Factors, scores and perturbations in single precision, with the solver's default tolerance."""
@@ -138,7 +139,7 @@ def test_lissa_recursion(problem):
     assert helpers.relative_error(scores, golden.arrays["pydvl/infl_lissa_H_scale10_it50_fullbatch"]) < 1e-9
 
 
-@pytest.mark.parametrize(("complement", "name"), [(False, "lowrank"), (True, "woodbury")])
+@pytest.mark.parametrize(("complement", "name"), mainly([(False, "lowrank"), (True, "woodbury")], (False, "lowrank")))
 def test_digits_arnoldi(complement, name):
     """pyDVL's eigenpairs come from ARPACK with a tolerance of 1e-6, which limits the agreement."""
     golden = digits()
@@ -168,6 +169,7 @@ def test_linear_regression_nystrom_from_the_stored_sketch():
     assert helpers.relative_error(scores, golden.arrays["pydvl/infl_nystroem_rank20_seed0"]) < 1e-9
 
 
+@pytest.mark.thorough
 def test_digits_nystrom_as_a_preconditioner():
     """A hundred products in advance save five sixths of the iterations, for the same answer."""
     golden, steps = digits(jnp.float32), []
@@ -199,7 +201,9 @@ EKFAC = np.load(helpers.GOLDEN / "digits_ekfac.npz")
 @pytest.mark.as_users
 @pytest.mark.parametrize(("kind", "labels"), [("emp", "empirical"), ("true", "exact")])
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-9), (jnp.float32, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), mainly([(jnp.float64, 1e-9), (jnp.float32, 1e-3)], (jnp.float64, 1e-9))
+)
 def test_digits_kronecker(dtype, tolerance, method, kind, labels):
     """Independent float64 references, and with the data's labels kronfluence; one fit for all dampings."""
     golden = digits(dtype)

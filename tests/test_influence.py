@@ -301,6 +301,7 @@ class TestTransformations:
         assert relative_error(both[0], UP) < 1e-9
         assert relative_error(both[1], of_checkpoint(jax.tree.map(lambda x: 1.1 * x, PARAMS))) < 1e-9
 
+    @pytest.mark.thorough
     def test_derivative_of_a_score_in_data_weights_and_inputs(self):
         def score(weights, shift):
             data = ij.Batch(TRAIN.x + shift, TRAIN.y)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import from_spectrum, relative_error
+from helpers import from_spectrum, mainly, relative_error
 
 import influence_jax as ij
 from influence_jax.solvers import solve_with_info
@@ -193,7 +193,7 @@ class TestLowRank:
         assert np.max(np.abs(np.sort(pairs.values)[::-1] / values[::-1][:10] - 1)) < 1e-6
 
     @pytest.mark.parametrize("solver", [partial(ij.Arnoldi, steps=100), ij.Nystrom])
-    @pytest.mark.parametrize("rank", [5, 20])
+    @pytest.mark.parametrize("rank", mainly([5, 20], 20))
     def test_error_is_bounded_by_the_next_eigenvalue(self, solver, rank):
         """Relative to the exact inverse: of Arnoldi by the next eigenvalue, of Nystrom by a few times that."""
         values, damping = 10 ** np.linspace(-3, 1, 100)[::-1], 0.1
@@ -276,7 +276,7 @@ class TestJacobi:
 
 class TestHarmonicMean:
     @pytest.mark.parametrize("weights", [None, WEIGHTS])
-    @pytest.mark.parametrize("chunk", [None, 4])
+    @pytest.mark.parametrize("chunk", mainly([None, 4], 4))
     def test_closed_form(self, weights, chunk):
         op = ij.EmpiricalFisher(OBJECTIVE, PARAMS, DATA, weights=weights, chunk=chunk)
         grads = flat(ij.per_example_grads(OBJECTIVE, PARAMS, DATA))
@@ -305,7 +305,7 @@ class TestHarmonicMean:
 
 
 class TestSampleSpace:
-    @pytest.mark.parametrize("chunk", [1, 4, None])
+    @pytest.mark.parametrize("chunk", mainly([1, 4, None], 4))
     def test_chunks(self, chunk):
         op = ij.GGN(OBJECTIVE, PARAMS, DATA, weights=WEIGHTS, chunk=chunk)
         assert error(op, ij.SampleSpace(DAMPING))[0] < 1e-8
@@ -326,7 +326,7 @@ DIFFERENTIABLE = {
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", mainly(DIFFERENTIABLE, "BlockCG", "SampleSpace", "Nystrom"))
 def test_derivatives(name):
     """In damping for all; in the parameters too where the solver is exact or in closed form."""
     step, through = helpers.random_like(jax.random.key(9), PARAMS), DIFFERENTIABLE[name]
@@ -355,7 +355,7 @@ APPROXIMATE = {
 }
 
 
-@pytest.mark.parametrize("name", APPROXIMATE)
+@pytest.mark.parametrize("name", mainly(APPROXIMATE, "in blocks"))
 def test_an_approximation_is_measured_on_request(name):
     """Influences do not pay for a residual that says how good an approximation is; `solve_many` gives it."""
     solver, approximate = APPROXIMATE[name]

@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     CLASSIFICATION,
     flat,
+    mainly,
     random_batch,
     random_like,
     random_mlp,
@@ -36,7 +37,7 @@ def mlp_case(count=21):
 
 class TestInvariances:
     @pytest.mark.parametrize("labels", ["empirical", "exact", "sampled"])
-    @pytest.mark.parametrize("method", [ij.kfac, ij.ekfac])
+    @pytest.mark.parametrize("method", mainly([ij.kfac, ij.ekfac], ij.ekfac))
     def test_chunks_and_repeated_calls(self, method, labels):
         """Neither the chunk, nor a ragged tail, nor calling again changes anything, drawn labels included."""
         case, options = mlp_case(), {"method": method, "labels": labels, "key": KEY}
@@ -61,6 +62,7 @@ class TestInvariances:
         run = jax.jit(lambda p, data: fitted(case._replace(params=p, data=data)))
         assert relative_error(run(case.params, case.data), fitted(case)) < 1e-11
 
+    @pytest.mark.thorough
     def test_scan_remat_and_a_loop_are_the_same(self):
         """The same weights in layers one after the other, and in checkpointed ones under a scan."""
         loop, scan = ZOO["transformer"](), ZOO["transformer, scan and remat"]()
@@ -173,6 +175,7 @@ class TestInfluence:
         assert by_position.shape == (3, 3, LENGTH)
         assert relative_error(jnp.sum(by_position, axis=2), influence.influences(case.data, case.data)) < 1e-12
 
+    @pytest.mark.thorough
     def test_positions_are_losses_of_tokens(self):
         """What one position contributes is what the score would be if the loss were that of its token alone."""
         case = ZOO["rotary"]()

@@ -53,6 +53,7 @@ class TestLeaveOneOut:
                 assert 0.5 < scores[row, column] / 30 / change < 1.1, "first order in 1/N"
 
 
+@pytest.mark.thorough
 @pytest.mark.as_users
 def test_softmax_regression_on_digits_against_dense_float64():
     """Trained to its minimum with numpy-style Newton steps; GGN, Hessian and their scores written out densely."""

@@ -90,6 +90,7 @@ class TestSummary:
             low, high = np.quantile(means, [0.025, 0.975])
             assert max(abs(got.low - low), abs(got.high - high)) < 0.15 * (high - low)
 
+    @pytest.mark.thorough
     def test_covers_the_lds_of_all_subsets(self):
         """200 studies of 40 subsets: the interval holds what infinitely many subsets would give."""
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error, tree_error
+from helpers import mainly, relative_error, tree_error
 from hypothesis import given, strategies as st
 from operator_problems import COUNT, MODELS, problem
 
@@ -35,7 +35,7 @@ def test_equals_independent_dense_reference(kind, model, count, chunk):
         assert relative_error(helpers.flat(ij.diagonal(op), params), np.diag(expected)) < 1e-11
 
 
-@pytest.mark.parametrize("kind", OVER_DATA)
+@pytest.mark.parametrize("kind", mainly(OVER_DATA, ij.GGN))
 @given(chunk=st.sampled_from([1, 2, 5, 12, 100]), seed=st.integers(0, 3))
 def test_chunks_padding_and_order_do_not_matter(kind, chunk, seed):
     objective, params, data = problem("classification")
@@ -163,7 +163,7 @@ def test_root_of_a_loss_that_is_not_convex_is_nan():
     assert jnp.all(jnp.isnan(ij.root(op).apply({"w": jnp.array(1.0)})))
 
 
-@pytest.mark.parametrize("kind", OVER_DATA)
+@pytest.mark.parametrize("kind", mainly(OVER_DATA, ij.GGN))
 def test_sums_of_two_halves_add_up(kind):
     objective, params, data = problem("classification")
     weights = jnp.linspace(0.5, 2.0, COUNT)

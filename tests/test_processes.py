@@ -90,6 +90,7 @@ def run(example, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("float32")
 class TestTwoProcesses:
+    @pytest.mark.thorough
     def test_one_of_them_dies_and_the_next_run_is_that_of_one_process(self, run, tmp_path, capfd):
         (tmp_path / "die").touch()
         start = time.monotonic()

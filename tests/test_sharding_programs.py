@@ -55,14 +55,14 @@ PROGRAMS = ["product", "products", "scores", "gradients", "ekfac"]
 
 
 class TestWhatDevicesSend:
-    @on(("data", AUTO), ("data", EXPLICIT))
+    @on(("data", AUTO), thorough=[("data", EXPLICIT)])
     @pytest.mark.parametrize(("name", "count"), [("product", 2000), *((name, 2048) for name in PROGRAMS)])
     def test_sums_only_where_parameters_are_everywhere(self, mesh, name, count, float32):
         sent = moved(programs(mesh, count)[name]())
         assert {kind for kind, _ in sent} <= {"all-reduce"}
         assert len(sent) == {"product": 1, "products": 1, "scores": 0, "gradients": 0, "ekfac": 2}[name]
 
-    @on(("split params", AUTO), ("split params", EXPLICIT))
+    @on(("split params", EXPLICIT), thorough=[("split params", AUTO)])
     @pytest.mark.parametrize("name", PROGRAMS)
     def test_no_data_where_parameters_are_split(self, mesh, name, float32):
         count = 8192
@@ -77,7 +77,7 @@ class TestWhatDevicesSend:
         rows = jax.jit(lambda batch: jax.lax.map(lambda z: jnp.sum(z.x), batch, batch_size=256))
         assert max(entries for kind, entries in moved(rows.lower(data)) if kind == "all-gather") >= 2048
 
-    @on(("data", AUTO), ("split params", EXPLICIT))
+    @on(("data", AUTO), thorough=[("split params", EXPLICIT)])
     def test_same_shapes_never_recompile(self, mesh, compilations, float32):
         def run(seed):
             params, data = problem(64, seed)
@@ -174,11 +174,11 @@ def images():
 class TestConvolutions:
     """XLA gets gradients of single examples wrong where it may split convolutions with channels last over devices."""
 
-    @on(*ALL)
+    @on(*SOME, thorough=ALL)
     def test_gradients_of_single_examples(self, mesh):
         self.compare(mesh, None)
 
-    @on(*SOME)
+    @on(("data", AUTO), thorough=ALL)
     def test_gradients_in_chunks(self, mesh):
         self.compare(mesh, 8)
 
@@ -187,7 +187,7 @@ class TestConvolutions:
         got = ij.per_example_grads(IMAGES, mesh.params(params), mesh.split(data), chunk=chunk)
         assert tree_error(got, ij.per_example_grads(IMAGES, params, data)) < 1e-12
 
-    @on(("data", AUTO), ("split params", EXPLICIT))
+    @on(("split params", EXPLICIT), thorough=[("data", AUTO)])
     def test_whatever_is_made_of_them(self, mesh):
         params, data = images()
         few, v = jax.tree.map(lambda x: x[:3], data), helpers.random_like(jax.random.key(7), params)
@@ -204,7 +204,7 @@ class TestConvolutions:
             pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
             assert all(relative_error(x, y) < 1e-9 for x, y in pairs)
 
-    @on(("data", AUTO), ("split params", EXPLICIT))
+    @on(("data", AUTO), thorough=[("split params", EXPLICIT)])
     def test_derivatives_through_them(self, mesh):
         params, data = images()
 

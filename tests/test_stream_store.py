@@ -155,6 +155,7 @@ class TestStores:
         expected = np.asarray(projection.project(factors)) @ np.asarray(projection.project(grads)).T
         assert relative_error(store.scores(factors, projection), expected) < 1e-10
 
+    @pytest.mark.thorough
     def test_kills(self):
         """Killed at any moment, the same command continues, and ends with the same bits."""
         script = REPOSITORY / "benchmarks" / "kills.py"
