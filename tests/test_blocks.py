@@ -25,7 +25,7 @@ POISONED = ij.Batch(jnp.asarray(TRAIN.x).at[0, 0].set(jnp.nan), TRAIN.y)
 
 
 @pytest.mark.parametrize("loss", mainly(["mse", "ce"], "ce"))
-@pytest.mark.parametrize("structure", ["full", "layer_wise", "parameter_wise"])
+@pytest.mark.parametrize("structure", mainly(["full", "layer_wise", "parameter_wise"], "full", "parameter_wise"))
 def test_every_block_of_pydvl(loss, structure):
     """Totals and each single block against pyDVL's DirectInfluence on an indefinite Hessian."""
     arrays, objective, params, train, query = helpers.tiny_mlp(loss)

@@ -155,7 +155,14 @@ class TestBounds:
     @pytest.mark.parametrize("blocks", mainly([ij.full, ij.by_layer], ij.by_layer))
     @pytest.mark.parametrize(
         "solver",
-        [ij.CG(0.05, max_steps=4), ij.BlockCG(0.05, max_steps=2), ij.Arnoldi(0.05, rank=4), ij.Jacobi(0.05)],
+        [
+            ij.CG(0.05, max_steps=4),
+            *(
+                pytest.param(solver, marks=pytest.mark.thorough)
+                for solver in (ij.BlockCG(0.05, max_steps=2), ij.Jacobi(0.05))
+            ),
+            ij.Arnoldi(0.05, rank=4),
+        ],
     )
     def test_hold_against_the_exact_scores(self, solver, blocks):
         op = ij.GGN(OBJECTIVE, PARAMS, TRAIN)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error, tree_error
+from helpers import mainly, relative_error, tree_error
 from hypothesis import given, strategies as st
 
 import influence_jax as ij
@@ -60,7 +60,7 @@ def test_up_equals_brute_force_either_way(path):
 
 
 @pytest.mark.as_users
-@pytest.mark.parametrize(("queries", "examples"), [(1, 1), (1, 17), (6, 1), (6, 3), (6, 17)])
+@pytest.mark.parametrize(("queries", "examples"), mainly([(1, 1), (1, 17), (6, 1), (6, 3), (6, 17)], (1, 1), (6, 3)))
 def test_any_number_of_queries_and_examples(queries, examples):
     """pyDVL's perturbation raises when there are more queries than examples."""
     query, train = slice_of(QUERY, queries), slice_of(TRAIN, examples)

@@ -36,7 +36,7 @@ def mlp_case(count=21):
 
 
 class TestInvariances:
-    @pytest.mark.parametrize("labels", ["empirical", "exact", "sampled"])
+    @pytest.mark.parametrize("labels", mainly(["empirical", "exact", "sampled"], "exact"))
     @pytest.mark.parametrize("method", mainly([ij.kfac, ij.ekfac], ij.ekfac))
     def test_chunks_and_repeated_calls(self, method, labels):
         """Neither the chunk, nor a ragged tail, nor calling again changes anything, drawn labels included."""
@@ -93,6 +93,7 @@ class TestInvariances:
 
 
 class TestInfluence:
+    @pytest.mark.thorough
     def test_blocks_are_the_layers(self):
         case = ZOO["rotary"]()
         op = ij.ekfac(case.objective, case.params, case.data, labels="empirical")

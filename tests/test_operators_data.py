@@ -20,7 +20,11 @@ OVER_DATA = [ij.Hessian, ij.GGN, ij.EmpiricalFisher]
 
 @pytest.mark.parametrize("kind", OVER_DATA)
 @pytest.mark.parametrize(
-    ("model", "count", "chunk"), [("classification", 1, None), *((model, COUNT, 5) for model in MODELS)]
+    ("model", "count", "chunk"),
+    [
+        ("classification", 1, None),
+        *mainly([(model, COUNT, 5) for model in MODELS], ("classification", COUNT, 5), ("dead, bias-free", COUNT, 5)),
+    ],
 )
 def test_equals_independent_dense_reference(kind, model, count, chunk):
     objective, params, data = problem(model, count)
@@ -200,7 +204,10 @@ def test_minibatches_are_unbiased(kind, weighted):
 
 
 @pytest.mark.parametrize("kind", OVER_DATA)
-@pytest.mark.parametrize("block", [("layer0/bias", "layer1/kernel"), ("layer1/kernel", "layer1/bias")])
+@pytest.mark.parametrize(
+    "block",
+    [("layer0/bias", "layer1/kernel"), pytest.param(("layer1/kernel", "layer1/bias"), marks=pytest.mark.thorough)],
+)
 def test_restrict_is_the_diagonal_block_in_the_same_class(kind, block):
     objective, params, data = problem("classification")
     op = kind(objective, params, data)
@@ -231,6 +238,7 @@ def test_many_outputs_take_the_other_way_to_the_same_matrix():
     assert abs(ij.trace(op) - jnp.trace(expected)) < 1e-12
 
 
+@pytest.mark.thorough
 def test_memory_of_a_chunked_product_is_flat_in_the_data():
     """Temporary memory does not grow with N, padded or not."""
     from influence_jax.curvature.exact import _mean_product

@@ -116,7 +116,7 @@ class TestTwoSided:
             expected.append(whole.reshape(len(whole), -1) @ np.kron(np.asarray(left[0]), right))
         assert relative_error(projection.project(grads), np.concatenate(expected, axis=1)) < 1e-7
 
-    @pytest.mark.parametrize("name", ["conv 2-D groups 2 dilated", "rotary", "looped"])
+    @pytest.mark.parametrize("name", mainly(["conv 2-D groups 2 dilated", "rotary", "looped"], "rotary"))
     def test_of_gradients(self, name):
         """Look-ups, convolutions, scans, tied and cut leaves: from captured factors as from gradients."""
         case = zoo.ZOO[name]()
@@ -190,6 +190,7 @@ def every_kind(params, data):
 
 
 class TestTheSameEverywhere:
+    @pytest.mark.thorough
     def test_on_eight_devices(self, small_blocks):
         params, data = classifier(16)
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -161,7 +161,7 @@ class TestScores:
         inverse = ij.invert(ij.ekfac(helpers.CLASSIFICATION, params, data), ij.Direct(0.1))
         return ij.Influence(helpers.CLASSIFICATION, params, inverse, chunk=32)
 
-    @on(("data", AUTO), thorough=[("split params", EXPLICIT)])
+    @on(thorough=[("data", AUTO), ("split params", EXPLICIT)])
     def test_are_those_of_one_device(self, mesh):
         params, data = problem(64)
         query = jax.tree.map(lambda x: x[:5], problem(8, 3)[1])
@@ -184,7 +184,7 @@ class TestScores:
         parts, expected = many.influences_by_block(asked, train), one.influences_by_block(query, data)
         assert all(relative_error(parts[name], expected[name]) < 1e-11 for name in expected)
 
-    @on(("data", AUTO), thorough=[("split params", EXPLICIT)])
+    @on(thorough=[("data", AUTO), ("split params", EXPLICIT)])
     def test_bounds_and_forms(self, mesh):
         params, data = problem(64)
         query = jax.tree.map(lambda x: x[:4], data)

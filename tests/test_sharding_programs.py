@@ -187,7 +187,7 @@ class TestConvolutions:
         got = ij.per_example_grads(IMAGES, mesh.params(params), mesh.split(data), chunk=chunk)
         assert tree_error(got, ij.per_example_grads(IMAGES, params, data)) < 1e-12
 
-    @on(("split params", EXPLICIT), thorough=[("data", AUTO)])
+    @on(thorough=[("data", AUTO), ("split params", EXPLICIT)])
     def test_whatever_is_made_of_them(self, mesh):
         params, data = images()
         few, v = jax.tree.map(lambda x: x[:3], data), helpers.random_like(jax.random.key(7), params)

@@ -18,7 +18,12 @@ def median_eigenvalue(op: ij.LinearOperator) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "solver"), [(n, s) for n in OPERATORS for s in SOLVERS if n in ("Hessian", "LowRank") or s != "Eigh"]
+    ("name", "solver"),
+    mainly(
+        [(n, s) for n in OPERATORS for s in SOLVERS if n in ("Hessian", "LowRank") or s != "Eigh"],
+        *[(n, s) for n in ("Hessian", "GGN", "LowRank") for s in ("Direct", "CG")],
+        *[("Hessian", "Eigh"), ("EmpiricalFisher", "Direct"), ("Sum", "CG"), ("Diagonal", "Direct")],
+    ),
 )
 def test_solves_like_numpy(name, solver):
     op = OPERATORS[name]
