@@ -8,8 +8,6 @@ import gc
 import logging
 import os
 import pathlib
-import shutil
-import tempfile
 
 # Before jax is imported. LAPACK slows down many times over when its threads fight with the other test processes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -23,20 +21,6 @@ import pytest
 from jax._src import compiler
 
 jax.config.update("jax_enable_x64", True)
-
-# Most of the time goes into compiling: what tests have in common is compiled by the first process to need it.
-if "INFLUENCE_JAX_PROGRAMS" not in os.environ:  # processes started from this one find it there
-    os.environ["INFLUENCE_JAX_PROGRAMS"] = tempfile.mkdtemp(prefix="influence_jax-")
-jax.config.update("jax_compilation_cache_dir", os.environ["INFLUENCE_JAX_PROGRAMS"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def pytest_sessionfinish():
-    """The programs go with the run."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ["INFLUENCE_JAX_PROGRAMS"], ignore_errors=True)
-
 
 # Tracing makes many objects and few cycles: looking for these less often saves a part of the time.
 gc.set_threshold(20_000, 20, 20)
@@ -85,8 +69,6 @@ compile_quickly(True)  # also what test modules compute when they are imported
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: left out by default; `-m thorough` runs these, `-m ''` all")
     config.addinivalue_line("markers", "as_users: compiled with all optimisations, as users do")
-    # One process may look up a program while another is writing it, and then compiles it itself.
-    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import importlib.util
-import os
 import pathlib
 import textwrap
 import time
@@ -80,7 +79,7 @@ def run(example, tmp_path, monkeypatch):
     """Run the worker in two processes of two devices each, and tell its exit code."""
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["INFLUENCE_JAX_PROGRAMS"])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     script = tmp_path / "worker.py"
     script.write_text(PROBLEM + WORKER)
