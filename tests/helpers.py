@@ -157,7 +157,7 @@ def random_like(key: jax.Array, tree: Any, rows: int | None = None) -> Any:
 
 
 def random_mlp(key: jax.Array, sizes: tuple[int, ...] = (5, 4, 3), *, biases: bool = True) -> dict:
-    """Parameters of `mlp`; without biases a program of them has half the kernels to compile."""
+    """Parameters of `mlp`; without biases a program of them is quicker to compile."""
     params = {}
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         keys, rows = _normals_of_split(key, _drawn(fan_in * fan_out), jax.dtypes.canonicalize_dtype(float))
