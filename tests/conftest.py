@@ -48,9 +48,12 @@ def known_options() -> dict:
 
 
 def compile_quickly(quick: bool) -> None:
-    """Whether what is compiled from here on is compiled quickly, or as users do."""
+    """Whether what is compiled from here on is compiled quickly, or as users do; nothing compiled otherwise is kept."""
+    options = quick_options if quick else user_options
+    if compiler.get_compile_options is not options:
+        jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", quick)
-    compiler.get_compile_options = quick_options if quick else user_options
+    compiler.get_compile_options = options
 
 
 def quick_options(*arguments, env_options_overrides=None, **named):
@@ -75,8 +78,6 @@ def pytest_configure(config):
 def compiled(request):
     """Compile quickly, but as users do where a test asks for it: there the compiler is on trial as well."""
     compile_quickly(request.node.get_closest_marker("as_users") is None)
-    yield
-    compile_quickly(True)
 
 
 # Every compiled program maps memory, and Linux grants a process 65,530 maps: beyond, the compiler crashes.

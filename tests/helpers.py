@@ -219,9 +219,12 @@ def tiny_mlp(loss: str) -> tuple[dict, ij.Objective, dict, ij.Batch, ij.Batch]:
     return arrays, objective, params, train, query
 
 
-def mainly(cases: Any, *quick: Any) -> list:
-    """Cases to parametrize a test with; those beside `quick`, the same law at more settings, are marked thorough."""
+def mainly(cases: Any, *always: Any) -> list:
+    """Cases to parametrize a test with; those beside `always`, the same law at more settings, are marked thorough.
+
+    A tuple is a case of several arguments.
+    """
     cases = list(cases)
-    assert all(case in cases for case in quick), quick
+    assert all(case in cases for case in always), always
     arguments = lambda case: case if isinstance(case, tuple) else (case,)
-    return [case if case in quick else pytest.param(*arguments(case), marks=pytest.mark.thorough) for case in cases]
+    return [case if case in always else pytest.param(*arguments(case), marks=pytest.mark.thorough) for case in cases]

@@ -10,7 +10,7 @@ from helpers import mainly, relative_error, tree_error
 import influence_jax as ij
 
 OBJECTIVE = helpers.CLASSIFICATION
-PARAMS = helpers.random_mlp(jax.random.key(0), biases=False)
+PARAMS = helpers.random_mlp(jax.random.key(0))
 TRAIN = helpers.random_batch(jax.random.key(1), 17, 5, 3, classes=True)
 QUERY = helpers.random_batch(jax.random.key(2), 6, 5, 3, classes=True)
 DAMPING = 0.9  # above the Hessian's smallest eigenvalue
@@ -174,7 +174,6 @@ class TestBounds:
         assert jnp.max(missed / bounds) > 1e-3, "a bound that is never approached says little"
         assert info.residual.shape == (6,)
 
-    @pytest.mark.thorough
     def test_indefinite(self):
         """NaN unless the smallest eigenvalue is told, and where it is too small."""
         op = ij.Hessian(OBJECTIVE, PARAMS, TRAIN)

@@ -12,6 +12,7 @@ from helpers import mainly
 
 import influence_jax as ij
 
+pytestmark = pytest.mark.as_users
 CURVATURES = {"H": ij.Hessian, "GGN": ij.GGN, "EF": ij.EmpiricalFisher}
 
 
@@ -80,7 +81,6 @@ def test_linear_regression_influence(curvature, solver):
     assert helpers.relative_error(influence.influences(golden.query, golden.columns), scores) < 1e-12
 
 
-@pytest.mark.as_users
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_digits_influence(curvature):
     golden = digits()
@@ -108,7 +108,6 @@ def test_digits_cholesky_and_cg(curvature):
         assert helpers.relative_error(scores, expected) < 1e-9
 
 
-@pytest.mark.as_users
 @pytest.mark.parametrize("solver", [ij.Direct(1e-2), ij.CG(1e-2)], ids=["direct", "cg"])
 @pytest.mark.parametrize("problem", mainly([linear_regression, digits], digits))
 @pytest.mark.parametrize("curvature", mainly(["H", "GGN"], "GGN"))
@@ -198,7 +197,6 @@ DAMPINGS = {"1e-3": 1e-3, "1e-2": 1e-2, "heuristic": ij.RelativeDamping(0.1)}
 EKFAC = np.load(helpers.GOLDEN / "digits_ekfac.npz")
 
 
-@pytest.mark.as_users
 @pytest.mark.parametrize(("kind", "labels"), [("emp", "empirical"), ("true", "exact")])
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
 @pytest.mark.parametrize(

@@ -93,7 +93,6 @@ class TestInvariances:
 
 
 class TestInfluence:
-    @pytest.mark.thorough
     def test_blocks_are_the_layers(self):
         case = ZOO["rotary"]()
         op = ij.ekfac(case.objective, case.params, case.data, labels="empirical")
@@ -176,7 +175,6 @@ class TestInfluence:
         assert by_position.shape == (3, 3, LENGTH)
         assert relative_error(jnp.sum(by_position, axis=2), influence.influences(case.data, case.data)) < 1e-12
 
-    @pytest.mark.thorough
     def test_positions_are_losses_of_tokens(self):
         """What one position contributes is what the score would be if the loss were that of its token alone."""
         case = ZOO["rotary"]()

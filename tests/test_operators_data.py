@@ -238,7 +238,6 @@ def test_many_outputs_take_the_other_way_to_the_same_matrix():
     assert abs(ij.trace(op) - jnp.trace(expected)) < 1e-12
 
 
-@pytest.mark.thorough
 def test_memory_of_a_chunked_product_is_flat_in_the_data():
     """Temporary memory does not grow with N, padded or not."""
     from influence_jax.curvature.exact import _mean_product

@@ -89,6 +89,9 @@ def run(example, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("float32")
 class TestTwoProcesses:
+    def test_numbers_are_those_of_one_process(self, run, tmp_path, capfd):
+        self.compare(run, tmp_path, capfd)
+
     @pytest.mark.thorough
     def test_one_of_them_dies_and_the_next_run_is_that_of_one_process(self, run, tmp_path, capfd):
         (tmp_path / "die").touch()
@@ -100,6 +103,9 @@ class TestTwoProcesses:
         assert "lost another one, which stopped" in told or "another task died" in told
 
         (tmp_path / "die").unlink()
+        self.compare(run, tmp_path, capfd)
+
+    def compare(self, run, tmp_path, capfd):
         assert run() == 0, capfd.readouterr().err
         store, found = ij.store.ScoreStore.open(tmp_path / "scores"), np.load(tmp_path / "found.npz")
         assert store.complete

@@ -190,7 +190,6 @@ def every_kind(params, data):
 
 
 class TestTheSameEverywhere:
-    @pytest.mark.thorough
     def test_on_eight_devices(self, small_blocks):
         params, data = classifier(16)
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

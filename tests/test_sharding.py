@@ -45,7 +45,7 @@ OPERATORS = {
 
 class TestProducts:
     @on(("split params", EXPLICIT), thorough=SOME)
-    @pytest.mark.parametrize("kind", mainly(OPERATORS, "ggn"))
+    @pytest.mark.parametrize("kind", mainly(OPERATORS, "ggn", "fisher"))
     def test_are_those_of_one_device(self, mesh, kind, float32):
         params, data = problem(96)
         v, V = (helpers.random_like(jax.random.key(2), params, rows) for rows in (None, 3))
@@ -161,7 +161,7 @@ class TestScores:
         inverse = ij.invert(ij.ekfac(helpers.CLASSIFICATION, params, data), ij.Direct(0.1))
         return ij.Influence(helpers.CLASSIFICATION, params, inverse, chunk=32)
 
-    @on(thorough=[("data", AUTO), ("split params", EXPLICIT)])
+    @on(("data", AUTO), thorough=[("split params", EXPLICIT)])
     def test_are_those_of_one_device(self, mesh):
         params, data = problem(64)
         query = jax.tree.map(lambda x: x[:5], problem(8, 3)[1])
@@ -184,7 +184,7 @@ class TestScores:
         parts, expected = many.influences_by_block(asked, train), one.influences_by_block(query, data)
         assert all(relative_error(parts[name], expected[name]) < 1e-11 for name in expected)
 
-    @on(thorough=[("data", AUTO), ("split params", EXPLICIT)])
+    @on(("data", AUTO), thorough=[("split params", EXPLICIT)])
     def test_bounds_and_forms(self, mesh):
         params, data = problem(64)
         query = jax.tree.map(lambda x: x[:4], data)

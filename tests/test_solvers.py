@@ -23,6 +23,7 @@ def median_eigenvalue(op: ij.LinearOperator) -> float:
         [(n, s) for n in OPERATORS for s in SOLVERS if n in ("Hessian", "LowRank") or s != "Eigh"],
         *[(n, s) for n in ("Hessian", "GGN", "LowRank") for s in ("Direct", "CG")],
         *[("Hessian", "Eigh"), ("EmpiricalFisher", "Direct"), ("Sum", "CG"), ("Diagonal", "Direct")],
+        *[("Identity", "CG"), ("Scaled", "Direct")],
     ),
 )
 def test_solves_like_numpy(name, solver):

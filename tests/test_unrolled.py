@@ -220,7 +220,6 @@ class TestUnrolled:
         assert relative_error(scores, differences(train, ONES)) < 1e-6
         assert np.abs(np.sum(scores, axis=1)).max() < 1e-12 * np.abs(scores).max()  # a mean has no scale
 
-    @pytest.mark.thorough
     def test_elsewhere_and_of_measurements_in_ragged_groups(self):
         margin = lambda params, z: helpers.mlp(params, z)[0] - helpers.mlp(params, z)[1]
         train = made("momentum", 4, batches="shared")
