@@ -43,8 +43,8 @@ SOME = [("data", AUTO), ("split params", AUTO), ("split params", EXPLICIT)]
 ALL = [(name, kind) for name in MESHES for kind in (AUTO, EXPLICIT)]
 
 
-@pytest.fixture(name="mesh")
-def mesh_of_case(request):
+@pytest.fixture
+def mesh(request):
     name, kind = request.param
     return MESHES[name](kind)
 

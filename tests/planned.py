@@ -10,8 +10,8 @@ import influence_jax as ij
 ROWS = 3000
 
 
-@pytest.fixture(scope="module", name="problem")
-def planned_problem():
+@pytest.fixture(scope="module")
+def problem():
     """Influence through no curvature, queries, and training data that take most of the memory."""
     params = helpers.random_mlp(jax.random.key(0), (12, 16, 4))
     train = helpers.random_batch(jax.random.key(1), ROWS, 12, 4, classes=True)

@@ -6,13 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planned
 import pytest
 from helpers import relative_error
-from planned import first, planned_problem  # noqa: F401
+from planned import first
 
 import influence_jax as ij
 from influence_jax._memory import OutOfMemory, is_out_of_memory, memory_errors, requested
 
+problem = planned.problem  # the fixture
 HUGE = np.broadcast_to(np.float32(1), (2**22, 2**22))  # 64 TiB, were it written out
 
 

@@ -6,15 +6,18 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planned
 import pytest
 from helpers import CLASSIFICATION, relative_error
-from planned import ROWS, first, planned_problem  # noqa: F401
+from planned import ROWS, first
 
 import influence_jax as ij
 from influence_jax import _footprint, planning
 from influence_jax._memory import OutOfMemory
 from influence_jax.influence import _factors, _self_influences, _up, _up_from_train
 from influence_jax.scoring import perturbed
+
+problem = planned.problem  # the fixture
 
 
 @pytest.fixture(scope="module")

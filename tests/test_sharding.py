@@ -6,12 +6,15 @@ from functools import partial
 import helpers
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
 from helpers import mainly, relative_error, tree_error
-from meshes import ALL, AUTO, EXPLICIT, MESHES, SOME, laid_out_alike, mesh_of_case, on, problem, split_of  # noqa: F401
+from meshes import ALL, AUTO, EXPLICIT, MESHES, SOME, laid_out_alike, on, problem, split_of
 
 import influence_jax as ij
+
+mesh = meshes.mesh  # the fixture
 
 
 def sequence_model(params, example):

@@ -7,10 +7,11 @@ import re
 import helpers
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
 from helpers import relative_error, tree_error
-from meshes import ALL, AUTO, EXPLICIT, MESHES, SOME, laid_out_alike, mesh_of_case, on, problem, split_of  # noqa: F401
+from meshes import ALL, AUTO, EXPLICIT, MESHES, SOME, on, problem, split_of
 
 import influence_jax as ij
 from influence_jax import gradients, influence as scores
@@ -20,6 +21,7 @@ from influence_jax.sharding import padded_length
 
 kfac = importlib.import_module("influence_jax.curvature.kfac")
 
+mesh = meshes.mesh  # the fixture
 KEY = jax.random.key(4)
 
 
