@@ -10,7 +10,7 @@ import types
 import jupytext
 import matplotlib
 import pytest
-from conftest import QUICK
+from compiling import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
 USER_ENVIRONMENT = os.environ | QUICK

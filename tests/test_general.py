@@ -145,6 +145,13 @@ class TestAccumulate:
         with pytest.raises(error, match=words):
             ij.stream.accumulate(len, *arguments)
 
+    def test_narrow_parts_are_added_in_float32(self):
+        """A sum of ones in bfloat16 stops at 256; integers become numbers that have a mean."""
+        for ones in (jnp.ones(2, jnp.bfloat16), jnp.ones(2, jnp.int32)):
+            mean = ij.stream.accumulate(lambda batch: batch, [ones] * 300, ij.ChunkAveraging())
+            assert mean.dtype == jnp.float32
+            assert mean.tolist() == [1.0, 1.0]
+
     def test_results_have_to_be_alike(self):
         with pytest.raises(ValueError, match=r"fn: returned \(1,\) for a batch, after \(3,\)"):
             ij.stream.accumulate(lambda batch: batch, [jnp.arange(3.0), jnp.arange(1.0)])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compile_quickly
 from helpers import relative_error
 
 import influence_jax as ij
@@ -224,6 +225,19 @@ class TestJaxVersions:
         message = run(code)
         assert message.startswith("jax 0.10.2 silently computes wrong numbers on CPU")
         assert "pip install --upgrade 'jax>=0.9.0,!=0.10.*'" in message
+
+
+def test_what_was_compiled_quickly_is_compiled_again_as_users_do(compilations):
+    @jax.jit
+    def double(x):
+        return 2 * x
+
+    double(3.0)
+    compile_quickly(False)
+    with compilations() as names:
+        double(3.0)
+    compile_quickly(True)
+    assert names == ["jit(double)"]
 
 
 @pytest.mark.as_users

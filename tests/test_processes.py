@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import QUICK
+from compiling import QUICK
 from helpers import relative_error
 
 import influence_jax as ij
