@@ -160,7 +160,8 @@ def test_architecture_of_the_readme_is_that_of_the_imports():
     assert table == [layer for layer, before in zip(tops, [[], *tops], strict=False) if layer != before]
 
 
-def test_files_are_short():
+def test_files_hold_one_subject():
+    """They are cut by subject; whatever is longer than this holds several."""
     root = PACKAGE.parent
     paths = [
         path
@@ -169,7 +170,7 @@ def test_files_are_short():
     ]
     lengths = {str(path.relative_to(root)): len(path.read_text().splitlines()) for path in paths}
     assert "tests/test_package.py" in lengths
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
+    assert {name: length for name, length in lengths.items() if length > 800} == {}
 
 
 def test_functions_fit_a_screen():
