@@ -211,7 +211,7 @@ def trak(
       params: Leaves `(*leaf)`.
       train: Leaves `(N, ...)`.
       projection: R, from `influence_jax.projections`; its `dim` is to be below N, or damping positive.
-      damping: $\lambda$.
+      damping: $\lambda$; 0 as in the paper, where the projection does its work, and a singular kernel is refused.
 
     Returns:
       An `Influence`.

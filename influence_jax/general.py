@@ -20,9 +20,9 @@ from .curvature import Hessian, Identity, LinearOperator
 from .influence import Influence, _factors
 from .objective import LossOnly, Objective
 from .scoring import InfluenceMode, as_mode
-from .solvers import Arnoldi, BlockCG, Direct, Info, LiSSA, Solver, invert, report
+from .solvers import Arnoldi, BlockCG, Direct, Info, LiSSA, RelativeDamping, Solver, invert, report
 from .solvers.base import check_solver
-from .solvers.damping import check_number
+from .solvers.damping import CHOICES, check_damping
 from .stream.loaders import batches, count_batches, gather
 
 InfluenceType = InfluenceMode
@@ -58,7 +58,7 @@ class InverseHvpResult(NamedTuple):
       >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
       >>> data, query = jnp.array([1.0, 3.0]), jnp.array([1.0])
-      >>> ij.compute_influence_factors(f, {"w": jnp.array(1.0)}, data, query, "direct")
+      >>> ij.compute_influence_factors(f, {"w": jnp.array(1.0)}, data, query, "direct", hessian_perturbation=0.0)
       InverseHvpResult(1 factor, Info(1 of 1 converged, steps 0, min_curvature 5))
     """
 
@@ -76,7 +76,7 @@ def compute_influence_factors(
     test_data: Any,
     inversion_method: InversionMethod | str | Solver,
     *,
-    hessian_perturbation: float = 0.0,
+    hessian_perturbation: float | RelativeDamping | None = None,
     curvature: Callable[[Any, PyTree, PyTree], LinearOperator] = Hessian,
     key: Key | None = None,
     progress: bool = True,
@@ -90,7 +90,8 @@ def compute_influence_factors(
       training_data: What the curvature is the mean over; gathered in memory.
       test_data: The queries; a loader is read batch by batch.
       inversion_method: An `InversionMethod`, or a solver that brings its own damping.
-      hessian_perturbation: Damping $\lambda$ of a method given by name.
+      hessian_perturbation: Damping $\lambda$ of a method given by name, which needs one: a number >= 0 or a
+        `RelativeDamping`; unlike pyDVL's, it is not 0 unless told so.
       curvature: `(objective, params, data) -> LinearOperator`.
       key: For methods that draw random numbers (LiSSA's scale, Arnoldi).
       progress: Whether to show a bar over the batches of test data.
@@ -107,7 +108,8 @@ def compute_influence_factors(
       >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
       >>> data = jnp.array([1.0, 3.0])
-      >>> result = ij.compute_influence_factors(f, {"w": jnp.array(1.0)}, data, data, ij.InversionMethod.Direct)
+      >>> params, method = {"w": jnp.array(1.0)}, ij.InversionMethod.Direct
+      >>> result = ij.compute_influence_factors(f, params, data, data, method, hessian_perturbation=0.0)
       >>> [round(x, 2) for x in result.x["w"].tolist()]
       [0.2, 1.8]
 
@@ -207,7 +209,7 @@ def compute_influences(
     input_data: Any = None,
     inversion_method: InversionMethod | str | Solver = InversionMethod.Direct,
     influence_type: InfluenceType | str = InfluenceType.Up,
-    hessian_regularization: float = 0.0,
+    hessian_regularization: float | RelativeDamping | None = None,
     curvature: Callable[[Any, PyTree, PyTree], LinearOperator] = Hessian,
     wrt: str | int = "x",
     key: Key | None = None,
@@ -226,7 +228,8 @@ def compute_influences(
       input_data: The examples asked about; the training data if None.
       inversion_method: An `InversionMethod`, or a solver that brings its own damping.
       influence_type: `"up"` or `"perturbation"`.
-      hessian_regularization: Damping $\lambda$ of a method given by name.
+      hessian_regularization: Damping $\lambda$ of a method given by name, which needs one: a number >= 0 or a
+        `RelativeDamping`; unlike pyDVL's, it is not 0 unless told so.
       curvature: `(objective, params, data) -> LinearOperator`.
       wrt: The perturbed part of an example.
       key: For methods that draw random numbers.
@@ -243,7 +246,8 @@ def compute_influences(
     Example:
       >>> import influence_jax as ij
       >>> f = lambda params, z: 0.5 * (params["w"] * z) ** 2
-      >>> scores = ij.compute_influences(f, {"w": jnp.array(1.0)}, jnp.array([1.0, 3.0]))
+      >>> data = jnp.array([1.0, 3.0])
+      >>> scores = ij.compute_influences(f, {"w": jnp.array(1.0)}, data, hessian_regularization=0.0)
       >>> [[round(x, 2) for x in row] for row in scores.tolist()]
       [[0.2, 1.8], [1.8, 16.2]]
 
@@ -268,15 +272,19 @@ def compute_influences(
 
 
 def as_solver(
-    method: InversionMethod | str | Solver, damping: float, params: PyTree, name: str = "hessian_regularization"
+    method: InversionMethod | str | Solver,
+    damping: float | RelativeDamping | None,
+    params: PyTree,
+    name: str = "hessian_regularization",
 ) -> Solver:
     """The solver for a method's name, or the solver itself.
 
     Raises:
       ValueError: If there is no such method, or a solver comes together with a damping.
-      TypeError: If it is neither.
+      TypeError: If it is neither, or a method comes without a damping.
     """
-    check_number(damping, name)
+    if damping is not None:
+        check_damping(damping, name)
     if isinstance(method, str):
         makers = {
             InversionMethod.Direct: Direct,
@@ -286,9 +294,11 @@ def as_solver(
         }
         if method not in makers:
             raise ValueError(f"inversion_method: got {method!r}, expected one of {[str(m) for m in InversionMethod]}")
+        if damping is None:
+            raise TypeError(f"{name}: got none for the method {str(method)!r}, expected {CHOICES}")
         return makers[InversionMethod(method)](damping)
     check_solver(method)
-    if damping != 0:
+    if damping is not None:
         raise ValueError(
             f"{name}: got {damping} together with {method!r}, which has a damping of its own; give it there"
         )

@@ -69,7 +69,7 @@ class Influence:
       >>> import influence_jax as ij
       >>> objective = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: 0.5 * (out - z["y"]) ** 2)
       >>> params, data = {"w": jnp.array(1.0)}, {"x": jnp.array([1.0, 2.0]), "y": jnp.array([2.0, 1.0])}
-      >>> influence = ij.Influence(objective, params, ij.invert(ij.GGN(objective, params, data), ij.Direct()))
+      >>> influence = ij.Influence(objective, params, ij.invert(ij.GGN(objective, params, data), ij.Direct(0.0)))
       >>> [[round(x, 2) for x in row] for row in influence.influences(data, data).tolist()]
       [[0.4, -0.8], [-0.8, 1.6]]
 

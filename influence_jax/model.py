@@ -49,7 +49,8 @@ class InfluenceFunctionModel:
       objective: Loss of one example, an `Objective` or a bare `f(params, example) -> scalar`.
       params: Trained parameters, leaves `(*leaf)`.
       curvature: `(objective, params, data) -> LinearOperator`, e.g. `GGN`, `Hessian`, `partial(GGN, chunk=64)`; static.
-      solver: How the curvature is inverted, damping included.
+      solver: How the curvature is inverted, damping included.  For a first look only, `BlockCG(1e-3)`: positive, for a
+        network's curvature is singular, but no damping is right for all, as it has the units of the loss.
       blocks: Which parameters interact: `full`, `by_layer`, `by_parameter`, a function from leaf name to block name,
         or a dict from block names to prefixes.
       measurement: What is asked of a query, if not its loss.

@@ -1,5 +1,7 @@
 """Mistakes with dampings, solvers, blocks and keys, and with what is asked of influences."""
 
+from functools import partial
+
 import helpers
 import jax.numpy as jnp
 import numpy as np
@@ -15,21 +17,31 @@ def tokens():
     return ij.Influence(objective, params, ij.Identity(params)).influences(batch, batch, "perturbation")
 
 
+CHOICES = ["a number >= 0", "RelativeDamping(0.1)", "0.0"]
+
 SOLVERS = [
     ("negative damping", lambda: ij.CG(-1e-3), ValueError, ["damping", "-0.001", "non-negative"]),
     ("string damping", lambda: ij.Direct("auto"), TypeError, ["damping", "'auto'", "RelativeDamping"]),
     ("infinite damping", lambda: ij.Eigh(float("inf")), ValueError, ["damping", "inf"]),
     ("no damping", lambda: ij.CG(None), TypeError, ["damping", "None"]),
+    *(
+        (f"{solver.__name__} without damping", partial(solver, **options), TypeError, ["damping", *CHOICES])
+        for solver, options in [
+            *((solver, {}) for solver in (ij.Direct, ij.Eigh, ij.CG, ij.BlockCG, ij.LiSSA, ij.Jacobi)),
+            *((solver, {}) for solver in (ij.SampleSpace, ij.HarmonicMean)),
+            *((solver, {"rank": 2}) for solver in (ij.Arnoldi, ij.Nystrom)),
+        ]
+    ),
     ("vector damping", lambda: ij.CG(jnp.ones(3)), TypeError, ["damping"]),
     ("negative relative damping", lambda: ij.RelativeDamping(-0.1), ValueError, ["factor", "-0.1"]),
     ("negative damping later", lambda: ij.invert(GGN, ij.CG(1.0)).with_damping(-1.0), ValueError, ["damping", "-1.0"]),
-    ("max_steps not an int", lambda: ij.CG(max_steps=1e3), TypeError, ["max_steps", "1000.0"]),
-    ("max_steps zero", lambda: ij.CG(max_steps=0), ValueError, ["max_steps", "0"]),
-    ("string tolerance", lambda: ij.CG(rtol="tight"), TypeError, ["rtol", "'tight'"]),
-    ("preconditioner", lambda: ij.CG(preconditioner="jacobi"), TypeError, ["preconditioner", "'jacobi'"]),
+    ("max_steps not an int", lambda: ij.CG(0.1, max_steps=1e3), TypeError, ["max_steps", "1000.0"]),
+    ("max_steps zero", lambda: ij.CG(0.1, max_steps=0), ValueError, ["max_steps", "0"]),
+    ("string tolerance", lambda: ij.CG(0.1, rtol="tight"), TypeError, ["rtol", "'tight'"]),
+    ("preconditioner", lambda: ij.CG(0.1, preconditioner="jacobi"), TypeError, ["preconditioner", "'jacobi'"]),
     ("solver class", lambda: ij.invert(GGN, ij.CG), TypeError, ["solver", "CG(damping=1e-3)"]),
     ("solver string", lambda: ij.invert(GGN, "cg"), TypeError, ["solver", "'cg'"]),
-    ("operator", lambda: ij.invert(jnp.eye(3), ij.CG()), TypeError, ["op", "LinearOperator"]),
+    ("operator", lambda: ij.invert(jnp.eye(3), ij.CG(0.1)), TypeError, ["op", "LinearOperator"]),
     ("inverse", lambda: ij.Influence(OBJECTIVE, PARAMS, ij.CG(0.1)), TypeError, ["inverse", "CG", "invert"]),
     (
         "inverse of another space",

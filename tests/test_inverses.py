@@ -272,7 +272,7 @@ class TestJacobi:
             assert jnp.all(jnp.isfinite(dense))
 
     def test_hutchinson(self):
-        exactly, estimate = (ij.invert(GGN, ij.Jacobi(probes=p), key=KEY).state.entries for p in (None, 2000))
+        exactly, estimate = (ij.invert(GGN, ij.Jacobi(0.0, probes=p), key=KEY).state.entries for p in (None, 2000))
         assert relative_error(flat(estimate), flat(exactly)) < 0.1
 
 

@@ -17,7 +17,7 @@ from ..batching import check_positive, map_chunks
 from ..curvature import LinearOperator
 from ..curvature.loops import while_loop
 from .base import Solver, implicit_solve
-from .damping import RelativeDamping, check_iteration, damped_product, redamp, resolve_damping
+from .damping import RelativeDamping, check_iteration, damped_product, needs_damping, redamp, resolve_damping
 from .info import Info, solved
 
 
@@ -28,6 +28,7 @@ class BlockCGState(NamedTuple):
     damping: Array  # ()
 
 
+@needs_damping
 @dataclass
 class BlockCG(Solver):
     r"""Solve $(A + \lambda I) X = V$ for many right-hand sides at once, by block conjugate gradients.
@@ -58,7 +59,7 @@ class BlockCG(Solver):
     Reference: Dubrulle 2001, Retooling the method of block conjugate gradients, algorithm BCGrQ; O'Leary 1980.
     """
 
-    damping: float | Array | RelativeDamping = 0.0
+    damping: float | Array | RelativeDamping
     rtol: float | Array = dataclasses.field(default=1e-5, kw_only=True)
     atol: float | Array = dataclasses.field(default=0.0, kw_only=True)
     max_steps: int = static(default=1000, kw_only=True)

@@ -17,7 +17,7 @@ from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator
 from ..curvature.loops import while_loop
 from .base import Solver, implicit_solve
-from .damping import RelativeDamping, check_iteration, damped_product, redamp, resolve_damping
+from .damping import RelativeDamping, check_iteration, damped_product, needs_damping, redamp, resolve_damping
 from .info import Info, solved
 
 
@@ -29,6 +29,7 @@ class CGState(NamedTuple):
     preconditioner: PyTree
 
 
+@needs_damping
 @dataclass
 class CG(Solver):
     r"""Solve $(A + \lambda I) x = v$ by conjugate gradients, all right-hand sides in one loop.
@@ -60,7 +61,7 @@ class CG(Solver):
     Reference: Hestenes & Stiefel 1952.
     """
 
-    damping: float | Array | RelativeDamping = 0.0
+    damping: float | Array | RelativeDamping
     rtol: float | Array = dataclasses.field(default=1e-5, kw_only=True)
     atol: float | Array = dataclasses.field(default=0.0, kw_only=True)
     max_steps: int = static(default=1000, kw_only=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,32 @@ class RelativeDamping:
         return _reprs.call(self, _reprs.value(self.factor))
 
 
+_T = TypeVar("_T")
+
+CHOICES = (
+    "a number >= 0 in units of the loss, influence_jax.RelativeDamping(0.1) for a tenth of the mean eigenvalue, or 0.0 "
+    "if the matrix is known to be well conditioned"
+)
+
+
+def needs_damping(cls: type[_T]) -> type[_T]:
+    """Make a solver that is called without a damping say which there are.
+
+    None of them has a default: a network's curvature is singular, what to add to it is a modelling choice with the
+    units of the loss, and an undamped solve of a singular system is the commonest wrong number of all.
+    """
+    make: Any = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        if not args and "damping" not in options:
+            raise TypeError(f"damping: {cls.__name__} got none, expected {CHOICES}, e.g. {cls.__name__}(damping=1e-2)")
+        make(self, *args, **options)
+
+    setattr(cls, "__init__", init)  # noqa: B010
+    return cls
+
+
 def check_number(value: Any, name: str) -> None:
     """Raise unless `value` is a finite non-negative scalar; traced values pass unseen."""
     if isinstance(value, jax.core.Tracer):
@@ -68,15 +95,15 @@ def check_tolerance(rtol: Any) -> None:
         raise ValueError(f"rtol: got {float(rtol)}, expected a number below 1, e.g. 1e-5")
 
 
-def check_damping(damping: Any) -> None:
+def check_damping(damping: Any, name: str = "damping") -> None:
     """Raise unless `damping` is a non-negative number or a `RelativeDamping`."""
     if isinstance(damping, RelativeDamping):
         return
     try:
-        check_number(damping, "damping")
+        check_number(damping, name)
     except TypeError:
         raise TypeError(
-            f"damping: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor)"
+            f"{name}: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor)"
         ) from None
 
 

@@ -28,7 +28,7 @@ from ..curvature import (
 )
 from ..curvature.capabilities import wide_dtype
 from .base import Inverse, Solver, implicit_solve
-from .damping import RelativeDamping, check_damping, redamp, resolve_damping
+from .damping import RelativeDamping, check_damping, needs_damping, redamp, resolve_damping
 from .info import Info
 
 # Power iterations for the norm of a factorised operator; it is needed to one digit.
@@ -62,6 +62,7 @@ class BlocksState(NamedTuple):
     dampings: OrderedDict[str, Array]  # ()
 
 
+@needs_damping
 @dataclass
 class Direct(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$.
@@ -86,7 +87,7 @@ class Direct(Solver):
     Reference: Golub & Van Loan 2013, Matrix Computations, section 4.2.
     """
 
-    damping: float | Array | RelativeDamping = 0.0
+    damping: float | Array | RelativeDamping
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -126,6 +127,7 @@ class Direct(Solver):
         return _inverses(inverse)
 
 
+@needs_damping
 @dataclass
 class Eigh(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$ by one dense eigendecomposition, for every damping.
@@ -149,7 +151,7 @@ class Eigh(Solver):
     Reference: Golub & Van Loan 2013, Matrix Computations, chapter 8.
     """
 
-    damping: float | Array | RelativeDamping = 0.0
+    damping: float | Array | RelativeDamping
 
     def __post_init__(self) -> None:
         check_damping(self.damping)

@@ -15,7 +15,7 @@ from ..curvature import EmpiricalFisher, Fisher, LinearOperator
 from ..curvature.exact import sum_over_data
 from ..curvature.per_example import root_factors
 from .base import Solver, measured
-from .damping import RelativeDamping, check_damping, redamp, resolve_damping
+from .damping import RelativeDamping, check_damping, needs_damping, redamp, resolve_damping
 from .info import Info
 
 
@@ -26,6 +26,7 @@ class HarmonicState(NamedTuple):
     damping: Array  # ()
 
 
+@needs_damping
 @dataclass
 class HarmonicMean(Solver):
     r"""Average the inverses instead of inverting the average: $x = \sum_i \omega_i (\lambda I + g_i g_i^\top)^{-1} v$.

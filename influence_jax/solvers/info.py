@@ -102,7 +102,7 @@ class ConvergenceWarning(UserWarning):
 
     Example:
       >>> import influence_jax as ij
-      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(max_steps=1))
+      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(0.0, max_steps=1))
       >>> influence = ij.Influence(lambda params, z: params["w"] @ z, {"w": jnp.ones(2)}, inverse)
       >>> with warnings.catch_warnings(record=True) as caught:
       ...     warnings.simplefilter("always")
@@ -117,7 +117,7 @@ class ConvergenceError(RuntimeError):
 
     Example:
       >>> import influence_jax as ij
-      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(max_steps=1))
+      >>> inverse = ij.invert(ij.Diagonal({"w": jnp.array([1.0, 3.0])}), ij.CG(0.0, max_steps=1))
       >>> influence = ij.Influence(lambda params, z: params["w"] @ z, {"w": jnp.ones(2)}, inverse, throw=True)
       >>> influence.influences(jnp.ones((1, 2)), jnp.ones((1, 2)))
       Traceback (most recent call last):

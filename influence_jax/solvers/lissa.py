@@ -25,6 +25,7 @@ from .damping import (
     check_number,
     check_tolerance,
     damped_product,
+    needs_damping,
     resolve_damping,
 )
 from .info import Info, solved
@@ -45,6 +46,7 @@ class LissaState(NamedTuple):
     key: Key | None
 
 
+@needs_damping
 @dataclass
 class LiSSA(Solver):
     r"""Sum a Neumann series: $h \leftarrow v + h - (A_B + \lambda I) h / \sigma$ from $h = v$, and $x = h / \sigma$.
@@ -77,7 +79,7 @@ class LiSSA(Solver):
     Reference: Agarwal et al. 2017, arXiv:1602.03943; Koh & Liang 2017, arXiv:1703.04730.
     """
 
-    damping: float | Array | RelativeDamping = 0.0
+    damping: float | Array | RelativeDamping
     scale: float | Array | None = dataclasses.field(default=None, kw_only=True)
     depth: int = static(default=1000, kw_only=True)
     repeats: int = static(default=1, kw_only=True)

@@ -17,7 +17,7 @@ from ..curvature.capabilities import wide_dtype
 from ..curvature.loops import fori_loop
 from ..curvature.spectrum import lanczos
 from .base import Solver, measured
-from .damping import RelativeDamping, check_damping, check_number, redamp, resolve_damping
+from .damping import RelativeDamping, check_damping, check_number, needs_damping, redamp, resolve_damping
 from .info import Info
 
 # An eigenpair counts as found when its residual is below this part of the largest eigenvalue.
@@ -79,6 +79,7 @@ def _check_rank(rank: int, op: LinearOperator) -> None:
         raise ValueError(f"rank: got {rank}, expected at most the {op.size} parameters of {op!r}")
 
 
+@needs_damping
 @dataclass
 class Arnoldi(LowRankSolver):
     r"""Invert through the eigenpairs of largest $|\lambda|$, found by Lanczos on the operator.
@@ -149,6 +150,7 @@ def _none_larger(op: LinearOperator, pairs: LowRank, key: Key) -> Array:
     return jnp.max(jnp.abs(rest.values)) <= smallest + RITZ_TOLERANCE * largest
 
 
+@needs_damping
 @dataclass
 class Nystrom(LowRankSolver):
     r"""Invert through a randomised Nyström approximation, $A \approx (A\Omega)(\Omega^\top A\Omega)^+(A\Omega)^\top$.

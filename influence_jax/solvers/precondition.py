@@ -15,7 +15,7 @@ from ..batching import check_key, check_positive, map_rows
 from ..curvature import LinearOperator, diagonal
 from ..curvature.capabilities import wide_dtype
 from .base import Solver, measured
-from .damping import RelativeDamping, check_damping, redamp, resolve_damping
+from .damping import RelativeDamping, check_damping, needs_damping, redamp, resolve_damping
 from .info import Info
 
 
@@ -27,6 +27,7 @@ class JacobiState(NamedTuple):
     entries: PyTree  # leaves (*leaf), non-negative
 
 
+@needs_damping
 @dataclass
 class Jacobi(Solver):
     r"""Divide by the diagonal, $x = v / (|d| + \lambda)$.
@@ -53,7 +54,7 @@ class Jacobi(Solver):
     Reference: Bekas, Kokiopoulou & Saad 2007, doi:10.1016/j.apnum.2007.01.003.
     """
 
-    damping: float | Array | RelativeDamping = 0.0
+    damping: float | Array | RelativeDamping
     probes: int | None = static(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

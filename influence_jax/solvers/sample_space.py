@@ -17,7 +17,7 @@ from ..curvature import LinearOperator, root
 from ..curvature.exact import OverData
 from ..curvature.per_example import root_factors, row_count
 from .base import Solver, implicit_solve
-from .damping import RelativeDamping, check_damping, damped_product, redamp, resolve_damping
+from .damping import RelativeDamping, check_damping, damped_product, needs_damping, redamp, resolve_damping
 from .info import Info, solved
 
 
@@ -30,6 +30,7 @@ class SampleSpaceState(NamedTuple):
     vectors: Array  # (M, M)
 
 
+@needs_damping
 @dataclass
 class SampleSpace(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$ for $A = R^\top \Omega R$ over few examples and many parameters.
