@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -98,6 +98,37 @@ def batch_size(batch: PyTree, name: str) -> int:
     if count == 0:
         raise ValueError(f"{name}: got no examples (leading axis of length 0), expected at least one")
     return count
+
+
+def as_dicts(data: PyTree) -> PyTree:
+    """Turn mappings that are no trees to JAX, e.g. `collections.UserDict`, into dicts; arrays stay as they are."""
+    return jax.tree.map(lambda x: {k: as_dicts(x[k]) for k in x} if isinstance(x, Mapping) else x, data)
+
+
+def is_foreign(x: Any) -> bool:
+    """Tell whether it is an array of another framework, or on disk, that NumPy can read."""
+    return hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.ndarray | np.generic | jax.Array)
+
+
+def plain(batch: PyTree, name: str) -> PyTree:
+    """Turn arrays of other frameworks into NumPy's, and mappings that are no trees to JAX into dicts, at any depth.
+
+    Raises:
+      TypeError: If NumPy cannot read an array, e.g. one that is on another device.
+    """
+
+    def read(x: Any) -> Any:
+        if not is_foreign(x):
+            return x
+        try:
+            return np.asarray(x)
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(
+                f"{name}: got a {type(x).__module__}.{type(x).__name__} that NumPy cannot read ({error}); convert it, "
+                "e.g. with .detach().float().cpu()"
+            ) from error
+
+    return jax.tree.map(read, as_dicts(batch))
 
 
 def as_batch(batch: PyTree, name: str) -> PyTree:

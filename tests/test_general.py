@@ -141,7 +141,6 @@ class TestAccumulate:
             ((3,), TypeError, "loader: got a int"),
             ((TRAIN,), TypeError, r"loader: got one batch, a Batch; expected an iterable of batches, e.g. \[batch\]"),
             ((TRAIN.x,), TypeError, "loader: got one batch, a "),
-            (([jnp.array([jnp.nan])],), ValueError, "loader: leaf '' holds 1 entries that are NaN"),
             (([TRAIN], ij.PointAveraging), TypeError, "averaging: got <class.*expected"),
             (([TRAIN], "points"), TypeError, r"averaging: got 'points', expected PointAveraging\(\)"),
         ],

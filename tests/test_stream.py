@@ -143,10 +143,9 @@ class TestMistakes:
             (lambda data: lambda: 3, TypeError, "returned a int, expected an iterator"),
             (lambda data: [data, {"x": data["x"]}], ValueError, "differ by more than their length"),
             (lambda data: [data, {**data, "x": data["x"][:, :2]}], ValueError, "differ by more than their length"),
-            (lambda data: [{**data, "x": data["x"] * np.nan}], ValueError, "leaf 'x' holds .* NaN"),
             (lambda data: [{**data, "y": data["y"][:-1]}], ValueError, "leaves disagree in length"),
         ],
-        ids=["iterator", "empty", "number", "function of no iterator", "leaves", "shapes", "nan", "lengths"],
+        ids=["iterator", "empty", "number", "function of no iterator", "leaves", "shapes", "lengths"],
     )
     def test_loaders(self, loader, kind, says):
         _, data, query = problem()
@@ -156,7 +155,7 @@ class TestMistakes:
     def test_a_loader_that_is_exhausted(self):
         _, data, query = problem()
         items = iter(cut(data, 20))
-        with pytest.raises(ValueError, match=r"is empty, expected|in an earlier one"):
+        with pytest.raises(ValueError, match=r"gave no batch when it was read again|not those of an earlier pass"):
             ij.stream.scores(influence(), cut(query, 3), lambda: items)
 
     def test_other_arguments(self):

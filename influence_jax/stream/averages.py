@@ -13,7 +13,7 @@ from .. import tree
 from .._progress import track
 from .._typing import Array, PyTree
 from ..batching import batch_size
-from .loaders import count_batches, is_batch, owned, reiterable
+from .loaders import Ordered, count_batches, is_batch
 
 
 class Averaging(Protocol):
@@ -86,7 +86,7 @@ def accumulate(
 
     Raises:
       TypeError: If the loader is no re-iterable of batches.
-      ValueError: If it is empty, holds NaN or infinity, or `fn` returns different shapes.
+      ValueError: If it is empty or its first batch is another each time it is read, or `fn` returns different shapes.
 
     Example:
       >>> import influence_jax as ij
@@ -102,10 +102,8 @@ def accumulate(
         )
     total, mass = None, 0.0
     count = len(loader) if isinstance(loader, list | tuple) else count_batches(loader)  # arrays in a list are batches
-    if not isinstance(loader, list | tuple):
-        loader = reiterable(loader, "loader")
-    for item in track(loader, "average", count, show=progress):
-        batch = jax.tree.map(jnp.asarray, owned(item, "loader"))
+    for item in track(Ordered(loader, "loader"), "average", count, show=progress):
+        batch = jax.tree.map(jnp.asarray, item)
         weight = averaging.weight(batch)
         part = jax.tree.map(lambda x, w=weight: w * _floating(x), fn(batch))
         if total is not None and _shapes(part) != _shapes(total):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from .. import tree
 from .._progress import bar
 from .._typing import Array, PyTree
-from ..batching import Batch, batch_size, check_batch, check_finite, check_positive, describe
+from ..batching import Batch, as_dicts, batch_size, check_batch, check_positive, is_foreign, plain
 from ..store.files import fingerprint
 from .processes import agree, check_counts, local_rows
 
@@ -31,8 +30,8 @@ def is_batch(data: Any) -> bool:
 
     Except a list of trees, a list of arrays of different lengths, and a tuple of `Batch`es.
     """
-    leaves = [leaf for _, leaf in tree.named_leaves(data)]
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray) or _is_foreign(x)
+    leaves = [leaf for _, leaf in tree.named_leaves(as_dicts(data))]
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray) or is_foreign(x)
     several = isinstance(data, list) and len(data) > 0 and not (all(map(is_array, data)) and _alike_long(data))
     several |= isinstance(data, tuple) and any(isinstance(item, Batch) for item in data)
     return bool(leaves) and all(map(is_array, leaves)) and not several
@@ -81,11 +80,59 @@ def batches(data: Any, name: str) -> Iterator[PyTree]:
     Raises:
       TypeError: If the data are neither a batch nor re-iterable.
     """
-    if is_batch(data):
-        yield jax.tree.map(jnp.asarray, checked(data, name))
-        return
-    for batch in reiterable(data, name):
-        yield jax.tree.map(jnp.asarray, owned(batch, name))
+    for batch in [checked(data, name)] if is_batch(data) else Ordered(data, name):
+        yield jax.tree.map(jnp.asarray, batch)
+
+
+class Ordered:
+    """A loader whose first batch is the same each time it is read, as it has to be where results are told by place.
+
+    It is read once at the beginning, so that one pass is enough to find a loader that shuffles.  Iterating gives every
+    batch that has examples, checked, and as it stays when the loader goes on.
+
+    Args:
+      data: A re-iterable of batches, or a function that makes an iterator of them.
+      name: Of the argument, for messages.
+    """
+
+    def __init__(self, data: Any, name: str) -> None:
+        self._data, self._name = reiterable(data, name), name
+        first = next(self._batches(), None)
+        self._seen = None if first is None else fingerprint(first)
+        self.first_count = 0 if first is None else tree.count(first)
+
+    def _batches(self) -> Iterator[PyTree]:
+        return (owned(item, self._name) for item in self._data if not _is_empty(item))
+
+    def __iter__(self) -> Iterator[PyTree]:
+        """Batches in order.
+
+        Raises:
+          ValueError: If the first is not that of before.
+        """
+        batches = self._batches()
+        first = next(batches, None)
+        if first is not None:
+            self._check(first)
+            yield first
+        elif self._seen is not None:
+            raise ValueError(
+                f"{self._name}: gave no batch when it was read again; expected the same data each time, so a function "
+                "has to make a new iterator at each call"
+            )
+        yield from batches
+
+    @property
+    def count(self) -> int | None:
+        """How many batches there are, if the loader tells."""
+        return count_batches(self._data)
+
+    def _check(self, first: PyTree) -> None:
+        if fingerprint(first) != self._seen:
+            raise ValueError(
+                f"{self._name}: its first examples are not those of an earlier pass; expected the same order each time "
+                "it is read, e.g. shuffle=False, and no augmentation that is drawn anew"
+            )
 
 
 def owned(batch: PyTree, name: str) -> PyTree:
@@ -94,34 +141,12 @@ def owned(batch: PyTree, name: str) -> PyTree:
 
 
 def checked(batch: PyTree, name: str) -> PyTree:
-    """A batch of a loader with numpy or JAX leaves, checked to be finite.
-
-    Whatever numpy can read is an array here, e.g. a tensor of another framework.
-    """
-    batch = jax.tree.map(partial(_as_numpy, name), batch)
-    check_batch(batch, name)
-    check_finite(batch, name)
-    return batch
-
-
-def _is_foreign(x: Any) -> bool:
-    """Whether it is an array of another framework."""
-    return hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.ndarray | np.generic | jax.Array)
-
-
-def _as_numpy(name: str, x: Any) -> Any:
-    """The array of another framework as NumPy's."""
-    if isinstance(x, jax.core.Tracer):
+    """A batch of a loader with numpy or JAX leaves, checked; what its inputs hold is the model's business."""
+    batch = plain(batch, name)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
         raise TypeError(f"{name}: is traced, but a loader is read on the host; call this outside of jit, vmap and grad")
-    if not _is_foreign(x):
-        return x
-    try:
-        return np.asarray(x)
-    except (TypeError, RuntimeError) as error:
-        raise TypeError(
-            f"{name}: got a {type(x).__module__}.{type(x).__name__} that NumPy cannot read ({error}); convert it, e.g. "
-            "with .detach().float().cpu()"
-        ) from error
+    check_batch(batch, name)
+    return batch
 
 
 def gather(data: Any, name: str) -> PyTree:
@@ -135,7 +160,7 @@ def gather(data: Any, name: str) -> PyTree:
 
 
 def count_batches(data: Any) -> int | None:
-    """How many batches there are, if a loader tells."""
+    """Return how many batches there are, if a loader tells."""
     if is_batch(data):
         return 1
     try:
@@ -145,12 +170,26 @@ def count_batches(data: Any) -> int | None:
 
 
 def _check_alike(batch: PyTree, first: PyTree, name: str) -> None:
-    kind = lambda tree_: (jax.tree.structure(tree_), [(x.shape[1:], x.dtype) for x in jax.tree.leaves(tree_)])
-    if kind(batch) != kind(first):
+    """Raise unless the examples of two batches have the same parts, of the same shapes and dtypes."""
+    parts, before = (dict(tree.named_leaves(each_)) for each_ in (batch, first))
+    if jax.tree.structure(batch) != jax.tree.structure(first):
         raise ValueError(
-            f"{name}: its batches differ by more than their length, {describe(batch)} after {describe(first)}; "
-            "expected them alike"
+            f"{name}: its batches differ by more than their length, one has the leaves {sorted(parts)} after "
+            f"{sorted(before)}; expected them alike"
         )
+    for path, leaf in parts.items():
+        one, other = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (leaf, before[path]))
+        if one.dtype != other.dtype:
+            raise ValueError(
+                f"{name}: its batches differ by more than their length, leaf '{path}' is {one.dtype} after "
+                f"{other.dtype}; expected one dtype"
+            )
+        if one.shape != other.shape:
+            raise ValueError(
+                f"{name}: its batches differ by more than their length, leaf '{path}' of an example has shape "
+                f"{one.shape} after {other.shape}; expected one shape in all batches, so pad sequences to one length "
+                "and leave the padding out of the loss"
+            )
 
 
 class Block(NamedTuple):
@@ -199,14 +238,16 @@ class Blocks:
         self.name, self.sharding, self.bar = name, sharding, bar
         self._passes = self._read = 0
         self._whole = whole = is_batch(data)
-        self._data = data if whole else reiterable(data, name)
+        self._data = as_dicts(data) if whole else Ordered(data, name)
         if rows is not None:
             check_positive(rows, "batch_size")
         shards = 1 if sharding is None else shard_count(sharding, name)
         several = sharding is not None and not sharding.is_fully_addressable
         processes = jax.process_count() if several else 1
         if rows is None:
-            first = batch_size(data if whole else self._first(), name)
+            first = batch_size(self._data, name) if whole else self._data.first_count
+            if first == 0:
+                raise ValueError(f"{name}: is empty, expected at least one batch")
             rows = -(-processes * min(first, DEFAULT_ROWS if whole else first) // shards) * shards
         elif rows % shards:
             raise ValueError(f"batch_size: got {rows}, expected a multiple of the {shards} shards it is split over")
@@ -214,19 +255,13 @@ class Blocks:
         self.several = several
         self.local = local_rows(sharding, rows, name)
         # Known once it has been read.
-        self.examples: int | None = batch_size(data, name) if whole and not several else None
-        self._seen: str | None = None
+        self.examples: int | None = batch_size(self._data, name) if whole and not several else None
 
     def first(self) -> PyTree:
-        """The first examples."""
+        """Return the first batch of the loader, or the first examples of arrays given whole."""
         if self._whole:
             return checked(_rows(self._data, 0, min(self._share, batch_size(self._data, self.name))), self.name)
-        return self._first()
-
-    def _first(self) -> PyTree:
-        for batch in self._data:
-            return checked(batch, self.name)
-        raise ValueError(f"{self.name}: is empty, expected at least one batch")
+        return next(iter(self._data))
 
     def __iter__(self) -> Iterator[Block]:
         """Blocks in order, the next ones on their way to the device already.
@@ -236,7 +271,7 @@ class Blocks:
         """
         self._passes += self.bar is not None
         note = f"pass {self._passes}" if self._passes > 1 else ""
-        items = len(self._starts()) if self._whole else count_batches(self._data)
+        items = len(self._starts()) if self._whole else self._data.count
         with bar(self.bar or "", items, show=self.bar is not None) as advance:
             advance(0, note)
             for block, read in self._ahead():
@@ -259,8 +294,6 @@ class Blocks:
     def _placed(self) -> Iterator[Block]:
         start = 0
         for number, (part, count) in enumerate(self._agreed()):
-            if number == 0 and tree.count(part):
-                self._check_order(part)
             yield Block(number, start, count, self._place(part), None if count == 0 else part)
             start += count
         if start == 0:
@@ -271,16 +304,6 @@ class Blocks:
                 "same data each time it is read"
             )
         self.examples = start
-
-    def _check_order(self, part: PyTree) -> None:
-        """Raise if the first examples are not those of earlier passes."""
-        seen = fingerprint(part)
-        if self._seen not in (None, seen):
-            raise ValueError(
-                f"{self.name}: its first examples are not those of an earlier pass; expected the same order each time "
-                "it is read, e.g. shuffle=False"
-            )
-        self._seen = seen
 
     def _agreed(self) -> Iterator[tuple[PyTree, int]]:
         """This process's pieces, and how many examples all processes have for each block."""
@@ -311,11 +334,11 @@ class Blocks:
     def _place(self, part: PyTree) -> PyTree:
         fill = self._share - tree.count(part)
         if fill:
-            copies = lambda x: np.repeat(np.asarray(x[-1:]), fill, axis=0) if len(x) else _zeros(x, fill)
-            part = jax.tree.map(lambda x: np.concatenate([np.asarray(x), copies(x)]), part)
+            part = jax.tree.map(lambda x: on_entries(lambda entries: _filled(entries, fill), x), part)
         if self.several:
             shape = lambda x: (self.rows, *x.shape[1:])
-            return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.sharding, x, shape(x)), part)
+            local = lambda x: jax.make_array_from_process_local_data(self.sharding, x, shape(x))
+            return jax.tree.map(lambda x: on_entries(local, x), part)
         return jax.device_put(jax.tree.map(jnp.asarray, part) if self.sharding is None else part, self.sharding)
 
     def _starts(self) -> range:
@@ -331,11 +354,8 @@ class Blocks:
             return
         held: list[PyTree] = []
         size, first = 0, None
-        for item in self._data:
+        for batch in self._data:
             self._read += 1
-            if _is_empty(item):
-                continue
-            batch = owned(item, self.name)
             first = jax.tree.map(lambda x: x[:1], batch) if first is None else first
             _check_alike(batch, first, self.name)
             held.append(batch)
@@ -351,8 +371,18 @@ class Blocks:
             yield _joined(held)
 
 
-def _zeros(x: np.ndarray, rows: int) -> np.ndarray:
-    return np.zeros((rows, *x.shape[1:]), x.dtype)
+def _filled(x: np.ndarray, rows: int) -> np.ndarray:
+    """Append copies of the last row, or zeros where there is none."""
+    more = np.repeat(x[-1:], rows, axis=0) if len(x) else np.zeros((rows, *x.shape[1:]), x.dtype)
+    return np.concatenate([x, more])
+
+
+def on_entries(fn: Callable[..., Any], *leaves: Any) -> Any:
+    """Apply a function of NumPy arrays to leaves of batches; to random keys, by the numbers they are made of."""
+    if not jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key):
+        return fn(*map(np.asarray, leaves))
+    entries = fn(*(np.asarray(jax.random.key_data(keys)) for keys in leaves))
+    return jax.random.wrap_key_data(jnp.asarray(entries), impl=jax.random.key_impl(leaves[0]))
 
 
 def paced(results: Iterable[T]) -> Iterator[T]:
@@ -378,7 +408,7 @@ def _is_empty(batch: PyTree) -> bool:
 def _joined(parts: Sequence[PyTree]) -> PyTree:
     if len(parts) == 1:
         return parts[0]
-    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
+    return jax.tree.map(lambda *leaves: on_entries(lambda *entries: np.concatenate(entries), *leaves), *parts)
 
 
 def shard_count(sharding: Any, name: str) -> int:

@@ -15,7 +15,7 @@ from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
 from .._typing import Array, PyTree
-from ..batching import check_finite, check_positive
+from ..batching import as_dicts, batch_size as length, check_finite, check_positive
 from ..curvature import Identity
 from ..influence import Influence, _up, self_solved
 from ..scoring import Best, TopK, merge_best
@@ -288,7 +288,7 @@ def _check_influence(influence: Any) -> None:
 
 def _queries(query: Any) -> tuple[list[Block], int]:
     """Blocks of queries, and how many queries there are."""
-    rows = tree.count(query) if is_batch(query) else None
+    rows = length(as_dicts(query), "query") if is_batch(query) else None
     queries = list(Blocks(query, "query", rows))
     return queries, queries[-1].start + queries[-1].count
 
