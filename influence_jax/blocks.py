@@ -82,12 +82,12 @@ class Prefixes:
 
     def owners(self, name: str) -> list[str]:
         """The blocks that a leaf is in."""
-        return [block for block, prefixes in self.items if any(_is_below(name, prefix) for prefix in prefixes)]
+        return [block for block, prefixes in self.items if any(is_below(name, prefix) for prefix in prefixes)]
 
     def check(self, names: Sequence[str]) -> None:
         """Raise if a prefix matches nothing, or a leaf is covered by no block or by several."""
         prefixes = [prefix for _, group in self.items for prefix in group]
-        unknown = [prefix for prefix in prefixes if not any(_is_below(name, prefix) for name in names)]
+        unknown = [prefix for prefix in prefixes if not any(is_below(name, prefix) for name in names)]
         if unknown:
             raise ValueError(f"blocks: prefixes {unknown} match no parameter, expected prefixes of {list(names)}")
         wrong = {name: self.owners(name) for name in names if len(self.owners(name)) != 1}
@@ -100,7 +100,8 @@ class Prefixes:
         return _reprs.call(self, _reprs.some([name for name, _ in self.items]))
 
 
-def _is_below(name: str, prefix: str) -> bool:
+def is_below(name: str, prefix: str) -> bool:
+    """Whether a leaf's name is the prefix or goes on behind it with a slash; all are below `""`."""
     return name == prefix or prefix == "" or name.startswith(prefix + "/")
 
 

@@ -17,6 +17,13 @@ def sequences(**options):
     return ij.ekfac(objective, params, batch, **options)
 
 
+def one_position(example):
+    return jnp.ones(1)
+
+
+SCALED = ij.Objective(lambda p, z: (z.x * p["s"]) @ p["w"], helpers.cross_entropy)
+
+
 def not_convex():
     return ij.ekfac(ij.Objective(helpers.mlp, lambda out, z: jnp.sum(jnp.cos(out))), PARAMS, BATCH)
 
@@ -54,6 +61,44 @@ KRONECKER = [
         ["not finite", "layer", "convex", "empirical"],
     ),
     ("mask not a function", lambda: kronecker(mask=jnp.ones(3)), TypeError, ["mask", "function", "(T,)"]),
+    ("mask that names nothing", lambda: kronecker(mask={}), ValueError, ["mask", "empty", "prefix"]),
+    ("mask of a name, no function", lambda: kronecker(mask={"layer0": jnp.ones(1)}), TypeError, ["mask", "'layer0'"]),
+    (
+        "mask of an unknown name",
+        lambda: kronecker(mask={"layer9": one_position}),
+        ValueError,
+        ["mask", "['layer9']", "layer0/kernel"],
+    ),
+    (
+        "mask of part of a name",
+        lambda: kronecker(mask={"layer0/ker": one_position}),
+        ValueError,
+        ["mask", "['layer0/ker']", "layer0/kernel"],
+    ),
+    (
+        "mask of a name twice",
+        lambda: kronecker(mask={"": one_position, "layer0/bias": one_position}),
+        ValueError,
+        ["mask", "layer0/kernel", "['', 'layer0/bias']", "one"],
+    ),
+    (
+        "mask of a named layer of another length",
+        lambda: kronecker(mask={"layer0": lambda z: jnp.ones(4)}),
+        ValueError,
+        ["mask['layer0']", "4 entries", "'layer0/kernel'", "[1] positions"],
+    ),
+    (
+        "mask of a parameter without positions",
+        lambda: ij.kfac(SCALED, {"s": jnp.ones(5), "w": jnp.ones((5, 3))}, BATCH, mask={"s": one_position}),
+        ValueError,
+        ["mask", "'s'", "no layer", "['w']"],
+    ),
+    (
+        "mask of something else of that length",
+        lambda: ij.kfac(SCALED, {"s": jnp.ones(5), "w": jnp.ones((5, 3))}, BATCH, mask=lambda z: z.x[:1] > 0),
+        ValueError,
+        ["mask", "['w']", "depends", "mask={"],
+    ),
     ("mask of two axes", lambda: kronecker(mask=lambda z: jnp.ones((2, 2))), ValueError, ["mask", "(2, 2)", "(T,)"]),
     ("mask of another length", lambda: kronecker(mask=lambda z: jnp.ones(17)), ValueError, ["mask", "17", "positions"]),
     ("max_side zero", lambda: kronecker(max_side=0), ValueError, ["max_side", "0", "positive"]),

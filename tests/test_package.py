@@ -56,6 +56,7 @@ LAYERS = [
         "curvature.per_example",
         "curvature.assembled",
         "curvature.kronecker",
+        "curvature.masks",
         "curvature.kronecker_fit",
         "curvature.kfac",
         "curvature",

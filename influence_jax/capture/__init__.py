@@ -2,6 +2,7 @@
 
 from .analysis import Plan as Plan
 from .contract import (
+    Factors as Factors,
     LayerFactors as LayerFactors,
     einsum as einsum,
     gradient as gradient,

@@ -177,7 +177,7 @@ def _use_products(use: Factors, vectors: Array) -> Array:
 
 
 def moments(
-    layer: Layer, factors: LayerFactors, weights: Array, counted: Callable[[int], Array]
+    layer: Layer, factors: LayerFactors, weights: Array, counted: Sequence[Array | None]
 ) -> dict[str, tuple[Array, Array, Array]]:
     """Second moments of both sides, undivided, summed over positions and cotangents.
 
@@ -185,7 +185,7 @@ def moments(
       layer: The layer.
       factors: Its factors.
       weights: `(B,)`.
-      counted: From a number of positions T to which of them count, `(B, T)`.
+      counted: For each use, which of its T positions count, `(B, T)`; all if None.
 
     Returns:
       For uses as they are, `"straight"` or `"exchanged"`: moments of the matrices' rows and columns, `(G, n, n)`, or
@@ -198,9 +198,10 @@ def moments(
         columns = "b,bkgio,bkgio->go" if layer.own_basis[1] else "b,bkgio,bkgip->gop"
         squared = lambda pattern: einsum(pattern, weights, factors.rest, factors.rest)
         sums["elsewhere"] = (squared(rows), squared(columns), jnp.sum(weights))
-    for (_, exchanged), use in zip(layer.uses, factors.uses, strict=True):
+    for (_, exchanged), use, counts in zip(layer.uses, factors.uses, counted, strict=True):
         own_in, own_out = layer.own_basis[::-1] if exchanged else layer.own_basis
-        positions = counted(use.positions).astype(weights.dtype) * weights[:, None]
+        counts = jnp.ones((len(weights), use.positions), bool) if counts is None else counts
+        positions = counts.astype(weights.dtype) * weights[:, None]
         if use.looked_up:
             inputs = _frequencies(use, positions, layer.columns if exchanged else layer.rows)
         else:

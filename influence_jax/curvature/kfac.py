@@ -2,6 +2,8 @@ r"""Fitting Kronecker-factored curvature: K-FAC and EK-FAC of any model that JAX
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -13,11 +15,12 @@ from .._mesh import compiled
 from .._typing import Array, Key, LossFunction, PyTree
 from ..batching import as_batch, check_finite, check_key, check_positive
 from ..capture import MAX_SIDE
-from ..objective import Objective, as_objective, check_hashable
+from ..objective import Objective, as_objective
 from .exact import EmpiricalFisher
 from .fisher import Keyed
 from .kronecker import Kronecker
-from .kronecker_fit import Mask, Recipe, corrected, eigenbases, moment_sums, square_sums
+from .kronecker_fit import Recipe, corrected, eigenbases, moment_sums, square_sums
+from .masks import Mask, as_masks, check_agreement
 from .parts import example_keys
 
 LABELS = ("exact", "sampled", "empirical")
@@ -31,7 +34,7 @@ def kfac(
     weights: Array | None = None,
     labels: str = "exact",
     key: Key | None = None,
-    mask: Mask | None = None,
+    mask: Mask | Mapping[str, Mask] | None = None,
     max_side: int = MAX_SIDE,
     chunk: int | None = None,
 ) -> Kronecker:
@@ -51,8 +54,12 @@ def kfac(
         output, an average over the model's own labels; for outputs of one axis and at most 1024 entries.
         `"sampled"`: labels drawn from the model, one per example and position.  `"empirical"`: those of the data.
       key: For `"sampled"`.
-      mask: `mask(example) -> (T,)`, which of T positions count; padding does not.  For uses and outputs with T
-        positions.  Static.
+      mask: Which positions count; padding does not.  A mapping from prefixes of parameter names (`""` for all) to
+        functions `mask(example) -> (T,)`: of the layers named, and of no others, exactly those positions count.  Or
+        one such function, for all layers with T positions; it is refused if the loss of any example depends on a
+        position that it leaves out of one of these layers, because then they are positions of something else, or
+        padding leaks into the loss.  Under tracing, where nothing can be refused, the result is then NaN.  Layers
+        with another number of positions count all of theirs.  Static.
       max_side: A side of a layer's matrix longer than this keeps its own basis.
       chunk: Examples at once; chosen from the sizes if None.
 
@@ -85,7 +92,7 @@ def ekfac(
     weights: Array | None = None,
     labels: str = "exact",
     key: Key | None = None,
-    mask: Mask | None = None,
+    mask: Mask | Mapping[str, Mask] | None = None,
     max_side: int = MAX_SIDE,
     chunk: int | None = None,
 ) -> Kronecker:
@@ -102,7 +109,7 @@ def ekfac(
       weights: `(N,)`, non-negative; ones if None.
       labels: `"exact"`, `"sampled"` or `"empirical"`, as in `kfac`.
       key: For `"sampled"`.
-      mask: `mask(example) -> (T,)`, which of T positions count, as in `kfac`.
+      mask: Which positions count, as in `kfac`; those that do not have no share in $G_n$ either.
       max_side: A side of a layer's matrix longer than this keeps its own basis.
       chunk: Examples at once; chosen from the sizes if None.
 
@@ -126,7 +133,9 @@ def ekfac(
     return _checked_fit(keyed_fisher(objective, params, data, weights, chunk, recipe, key), recipe, eigenvalues=True)
 
 
-def as_recipe(objective: Objective | LossFunction, labels: str, mask: Mask | None, max_side: int) -> Recipe:
+def as_recipe(
+    objective: Objective | LossFunction, labels: str, mask: Mask | Mapping[str, Mask] | None, max_side: int
+) -> Recipe:
     """What shapes a fit, checked."""
     if labels not in LABELS:
         raise ValueError(f"labels: got {labels!r}, expected one of {list(LABELS)}")
@@ -135,12 +144,8 @@ def as_recipe(objective: Objective | LossFunction, labels: str, mask: Mask | Non
             f"objective: labels={labels!r} got the bare function {objective!r}, expected an Objective(predict, loss), "
             "because labels are drawn from the model's output; or pass labels='empirical', those of the data"
         )
-    if mask is not None:
-        if not callable(mask):
-            raise TypeError(f"mask: got {mask!r}, expected a function mask(example) -> (T,), or None")
-        check_hashable(mask, "mask")
     check_positive(max_side, "max_side")
-    return Recipe(labels, mask, max_side)
+    return Recipe(labels, as_masks(mask), max_side)
 
 
 def keyed_fisher(
@@ -164,9 +169,20 @@ def keyed_fisher(
 def _checked_fit(op: EmpiricalFisher, recipe: Recipe, *, eigenvalues: bool) -> Kronecker:
     check_finite(op.params, "params")
     check_finite(op.data.example, "data")
-    curvature = _fit(op, recipe, eigenvalues)
+    curvature, leaks = _fit(op, recipe, eigenvalues)
+    curvature = _agreeing(curvature, leaks)
     check_fitted(curvature, recipe)
     return curvature
+
+
+def _agreeing(curvature: Kronecker, leaks: Sequence[Array | None]) -> Kronecker:
+    """Return the curvature, NaN under tracing where a mask leaves out what the loss depends on; raise on the host."""
+    if not any(isinstance(n, jax.core.Tracer) for n in leaks):
+        check_agreement([layer.layer for layer in curvature.layers], leaks)
+        return curvature
+    right = jnp.all(jnp.stack([n == 0 for n in leaks if n is not None]))
+    layers = (dataclasses.replace(x, values=jnp.where(right, x.values, jnp.nan)) for x in curvature.layers)
+    return dataclasses.replace(curvature, layers=tuple(layers))
 
 
 def _finite(curvature: Kronecker) -> bool:
@@ -191,7 +207,9 @@ def check_fitted(curvature: Kronecker, recipe: Recipe) -> None:
 
 
 @partial(compiled, static_argnames=("recipe", "eigenvalues"))
-def _fit(op: EmpiricalFisher, recipe: Recipe, eigenvalues: bool) -> Kronecker:
-    """One pass for the moments of all layers, eigenvectors, and one more for what is along them."""
-    fitted = eigenbases(op.params, moment_sums(op, recipe))
-    return corrected(fitted, *square_sums(op, recipe, fitted)) if eigenvalues else fitted
+def _fit(op: EmpiricalFisher, recipe: Recipe, eigenvalues: bool) -> tuple[Kronecker, list[Array | None]]:
+    """One pass for the moments of all layers, eigenvectors, and one more for what is along them; and their leaks."""
+    summed = moment_sums(op, recipe)
+    fitted = eigenbases(op.params, summed)
+    fitted = corrected(fitted, *square_sums(op, recipe, fitted)) if eigenvalues else fitted
+    return fitted, [x.leaks for x in summed]

@@ -16,12 +16,10 @@ import numpy as np
 from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, PyTree
-from .._words import ask
 from ..batching import chunk_in_cache
 from ..capture import (
     Layer,
     LayerFactors,
-    Plan,
     arrange,
     einsum,
     held_entries,
@@ -35,8 +33,7 @@ from .capabilities import symmetric
 from .exact import EmpiricalFisher, divide, sum_over_data
 from .fisher import Keyed, drawn_cotangents, vector_square_root
 from .kronecker import Kronecker, KroneckerLayer
-
-Mask = Callable[[PyTree], Array]
+from .masks import Mask, Named, counted, disagreeing, kept, of_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +42,29 @@ class Recipe:
 
     Attributes:
       labels: Which loss gradients: `"exact"`, `"sampled"` or `"empirical"`.
-      mask: Which positions of an example count; all if None.
+      mask: Which positions of an example count, by layers or for those that agree with it; all if None.
       max_side: A side of a layer's matrix longer than this keeps its own basis.
     """
 
     labels: str
-    mask: Mask | None
+    mask: Mask | Named | None
     max_side: int
 
 
 @dataclass
 class LayerMoments:
-    """Sums over examples for one layer: of both sides' outer products, and of what they are to be divided by."""
+    """Sums over examples for one layer: of both sides' outer products, and of what they are to be divided by.
+
+    Attributes:
+      layer: The layer.
+      sums: As `capture.moments` gives them.
+      leaks: In how many examples the loss depends on positions that a mask leaves out; None if nothing was to be
+        looked at.
+    """
 
     layer: Layer = static()
     sums: dict[str, tuple[Array, Array, Array]]
+    leaks: Array | None
 
 
 class _Captured:
@@ -70,8 +75,7 @@ class _Captured:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), op.data)
         fn = captured_function(self.objective)
         self.plan, self.layers = arrange(lambda p, z: fn(p, z.example), self.params, shapes, recipe.max_side)
-        if recipe.mask is not None:
-            _check_mask(recipe.mask, self.plan, shapes.example)
+        self.masks = of_layers(recipe.mask, self.plan, self.layers, shapes.example)
 
     def chunk(self, *, whole: bool) -> int:
         """Examples at once."""
@@ -79,11 +83,11 @@ class _Captured:
         held = (held_entries(self.plan, layer, cotangents=columns, whole=whole) for layer in self.layers)
         return chunk_in_cache(sum(held))
 
-    def factors(self, batch: Keyed) -> list[LayerFactors]:
-        """Inputs and output cotangents of every layer."""
-        labels, mask = self.recipe.labels, self.recipe.mask
-        pull = lambda out, z: _masked(_cotangents(self.objective, labels, out, z), out, mask, z.example)
-        return layer_factors(self.plan, self.layers, self.params, batch, pull)
+    def factors(self, batch: Keyed) -> list[tuple[Layer, LayerFactors, list[Array | None]]]:
+        """Every layer, inputs and output cotangents of its uses, and which of their positions count."""
+        pull = lambda out, z: _cotangents(self.objective, self.recipe.labels, out, z)
+        found = layer_factors(self.plan, self.layers, self.params, batch, pull)
+        return list(zip(self.layers, found, counted(self.masks, batch.example), strict=True))
 
 
 def moment_sums(op: EmpiricalFisher, recipe: Recipe) -> list[LayerMoments]:
@@ -91,9 +95,12 @@ def moment_sums(op: EmpiricalFisher, recipe: Recipe) -> list[LayerMoments]:
     model = _Captured(op, recipe)
 
     def one_chunk(batch: Keyed, weights: Array) -> list[LayerMoments]:
-        counted = partial(_counted, recipe.mask, batch.example)
-        pairs = zip(model.layers, model.factors(batch), strict=True)
-        return [LayerMoments(layer, moments(layer, f, weights, counted)) for layer, f in pairs]
+        def of_layer(layer: Layer, factors: LayerFactors, counts: Sequence[Array | None]) -> LayerMoments:
+            sums = moments(layer, kept(factors, counts), weights, counts)
+            named = isinstance(recipe.mask, Named)  # and so taken at its word
+            return LayerMoments(layer, sums, None if named else disagreeing(factors, counts, weights))
+
+        return [of_layer(*each) for each in model.factors(batch)]
 
     return sum_over_data(op, one_chunk, op.chunk or model.chunk(whole=False))[0]
 
@@ -108,8 +115,8 @@ def square_sums(op: EmpiricalFisher, recipe: Recipe, fitted: Kronecker) -> tuple
     model = _Captured(op, recipe)
 
     def one_chunk(batch: Keyed, weights: Array) -> list[Array]:
-        pairs = list(zip(fitted.layers, model.factors(batch), strict=True))
-        return [squares(x.layer, rotated(x.layer, f, x.q_in, x.q_out), weights) for x, f in pairs]
+        pairs = zip(fitted.layers, model.factors(batch), strict=True)
+        return [squares(la, rotated(la, kept(f, c), x.q_in, x.q_out), weights) for x, (la, f, c) in pairs]
 
     return sum_over_data(op, one_chunk, op.chunk or model.chunk(whole=True))
 
@@ -136,57 +143,6 @@ def _cotangents(objective: Objective | LossOnly, labels: str, out: PyTree, examp
         return tree.unflatten(drawn_cotangents(objective, out, example, samples=1), out)
     instead = "pass labels='sampled', with a sample function for outputs of several axes, or labels='empirical'"
     return tree.unflatten(vector_square_root(objective, out, example.example, instead).T, out)
-
-
-def _masked(cotangents: PyTree, out: PyTree, mask: Mask | None, example: PyTree) -> PyTree:
-    """Cotangents, zero at positions that do not count."""
-    if mask is None:
-        return cotangents
-    counts = _positions(mask, example)
-
-    def leaf_masked(d: Array, like: Array) -> Array:
-        if like.ndim < 2 or like.shape[0] != counts.shape[0]:
-            return d
-        return d * counts.astype(d.dtype).reshape((1, -1) + (1,) * (like.ndim - 1))
-
-    return jax.tree.map(leaf_masked, cotangents, out)
-
-
-def _positions(mask: Mask, example: PyTree) -> Array:
-    counts = ask("mask", mask, {"example": example}, "it returns one entry per position of ONE example, (T,)")
-    if counts is None or isinstance(counts, str):
-        raise TypeError(f"mask: returned a {type(counts).__name__} for one example, expected an array (T,)")
-    counts = jnp.asarray(counts).astype(bool)
-    if counts.ndim != 1:
-        raise ValueError(f"mask: returned shape {counts.shape} for one example, expected (T,), one entry per position")
-    return counts
-
-
-def _check_mask(mask: Mask, plan: Plan, example: PyTree) -> None:
-    """Raise if nothing in the model has as many positions as the mask."""
-    (length,) = jax.eval_shape(partial(_positions, mask), example).shape
-    positions = {use.positions for use in plan.uses}
-    positions |= {leaf.shape[0] for leaf in jax.tree.leaves(plan.output) if leaf.ndim > 1}
-    if any(leaf.shape == (length,) for leaf in jax.tree.leaves(plan.output)):
-        raise ValueError(
-            f"mask: the output of shape ({length},) may have an entry for each position, or be something else of that "
-            f"length; give positions an axis of their own, an output of shape ({length}, 1)"
-        )
-    if length not in positions:
-        raise ValueError(
-            f"mask: returned {length} entries for one example, but the model's layers and outputs have "
-            f"{sorted(positions)} positions; return one entry for each of them"
-        )
-
-
-def _counted(mask: Mask | None, examples: PyTree, positions: int) -> Array:
-    """Which positions count, `(B, T)`."""
-    count = tree.count(examples)
-    if mask is not None:
-        counts = jax.vmap(partial(_positions, mask))(examples)
-        if counts.shape[1] == positions:
-            return counts
-    return jnp.ones((count, positions), bool)
 
 
 def _eigenbasis(layer: Layer, sums: dict[str, tuple[Array, Array, Array]]) -> KroneckerLayer:

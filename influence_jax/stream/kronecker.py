@@ -2,7 +2,7 @@ r"""K-FAC and EK-FAC of data that are read batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial, reduce
 
 import jax
@@ -15,7 +15,8 @@ from ..capture import MAX_SIDE
 from ..curvature import EmpiricalFisher, Kronecker
 from ..curvature.capabilities import wide_dtype
 from ..curvature.kfac import as_recipe, check_fitted, keyed_fisher
-from ..curvature.kronecker_fit import Mask, Recipe, corrected, eigenbases, moment_sums, square_sums
+from ..curvature.kronecker_fit import LayerMoments, Recipe, corrected, eigenbases, moment_sums, square_sums
+from ..curvature.masks import Mask, check_agreement
 from ..objective import Objective
 from .loaders import Block, Blocks, paced
 
@@ -28,7 +29,7 @@ def kfac(
     *,
     labels: str = "exact",
     key: Key | None = None,
-    mask: Mask | None = None,
+    mask: Mask | Mapping[str, Mask] | None = None,
     max_side: int = MAX_SIDE,
     chunk: int | None = None,
     batch_size: int | None = None,
@@ -43,7 +44,8 @@ def kfac(
       loader: Re-iterable of batches, a function that makes an iterator of them, or arrays given whole.
       labels: `"exact"`, `"sampled"` or `"empirical"`.
       key: For `"sampled"`; a label depends on the example's place in the data, not on batches.
-      mask: Which positions of an example count.
+      mask: Which positions of an example count; one that names no layers is looked at in the first batch, and again
+        in all at the end.
       max_side: A side of a layer's matrix longer than this keeps its own basis.
       chunk: Examples captured at once.
       batch_size: Examples on device at once; the length of the first batch if None.
@@ -78,7 +80,7 @@ def ekfac(
     *,
     labels: str = "exact",
     key: Key | None = None,
-    mask: Mask | None = None,
+    mask: Mask | Mapping[str, Mask] | None = None,
     max_side: int = MAX_SIDE,
     chunk: int | None = None,
     batch_size: int | None = None,
@@ -93,7 +95,8 @@ def ekfac(
       loader: Re-iterable of batches, a function that makes an iterator of them, or arrays given whole.
       labels: `"exact"`, `"sampled"` or `"empirical"`.
       key: For `"sampled"`; a label depends on the example's place in the data, not on batches.
-      mask: Which positions of an example count.
+      mask: Which positions of an example count; one that names no layers is looked at in the first batch, and again
+        in all at the end.
       max_side: A side of a layer's matrix longer than this keeps its own basis.
       chunk: Examples captured at once.
       batch_size: Examples on device at once; the length of the first batch if None.
@@ -144,7 +147,8 @@ class _Fit:
         eigenvalues: bool,
     ) -> Kronecker:
         blocks = Blocks(self.loader, "loader", batch_size, sharding, bar)
-        total = reduce(_added, paced(_moments(self._fisher(block), self.recipe) for block in blocks))
+        total = reduce(_added, paced(self._checked(blocks)))
+        _check_mask(total)
         fitted = _eigenbases(self.params, total)
         if eigenvalues:
             squares = reduce(_added, paced(_squares(self._fisher(block), self.recipe, fitted) for block in blocks))
@@ -152,11 +156,23 @@ class _Fit:
         check_fitted(fitted, self.recipe)
         return fitted
 
+    def _checked(self, blocks: Blocks) -> Iterator[list[LayerMoments]]:
+        """Yield the moments of each block, once the first has been looked at, so that no mistake costs a pass."""
+        for number, block in enumerate(blocks):
+            summed = _moments(self._fisher(block), self.recipe)
+            if number == 0:
+                _check_mask(summed)
+            yield summed
+
     def _fisher(self, block: Block) -> EmpiricalFisher:
         weights = block.weights(wide_dtype(self.params))
         return keyed_fisher(
             self.objective, self.params, block.batch, weights, self.chunk, self.recipe, self.key, block.start
         )
+
+
+def _check_mask(summed: list[LayerMoments]) -> None:
+    check_agreement([x.layer for x in summed], [x.leaks for x in summed])
 
 
 _moments = compiled(moment_sums, static_argnames="recipe")
