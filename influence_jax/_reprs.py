@@ -78,11 +78,11 @@ def numbers(x: Any) -> np.ndarray | None:
 
 
 def span(x: Any, figures: int = 2) -> str:
-    """The least and the greatest entry; dtype and shape where they cannot be read; nothing of NaN alone.
+    """Return the least and the greatest entry, and how many are NaN; dtype and shape where they cannot be read.
 
     Example:
-      >>> span(np.array([3.0, -1.25, np.nan])), span(np.array([2, 2]))
-      ('-1.2 to 3', '2')
+      >>> span(np.array([3.0, -1.25, np.nan])), span(np.array([2, 2])), span(np.float32("nan"))
+      ('-1.2 to 3 and 1 NaN', '2', 'NaN')
     """
     read = numbers(x)
     if read is None or np.iscomplexobj(read):
@@ -90,9 +90,10 @@ def span(x: Any, figures: int = 2) -> str:
     read = read.astype(np.float64).ravel()
     known = read[~np.isnan(read)]
     if known.size == 0:
-        return ""
+        return "NaN" if read.size else ""
     ends = [f"{end:.{figures}g}" for end in (known.min(), known.max())]
-    return " to ".join(dict.fromkeys(ends))
+    missing = f" and {read.size - known.size:,} NaN" if known.size < read.size else ""
+    return " to ".join(dict.fromkeys(ends)) + missing
 
 
 def counted(number: int, noun: str) -> str:

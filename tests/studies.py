@@ -21,8 +21,17 @@ def study(seed, queries=3, examples=12, subsets=10, seeds=None, ties=False):
     return (np.round(scores), masks, np.round(outcomes)) if ties else (scores, masks, outcomes)
 
 
-def by_scipy(scores, masks, outcomes, method="spearman"):
+def predictions(scores, masks, removal="mean"):
+    """What leaving out predicts, written down; rounded, so that what is equal in exact numbers is."""
+    removed = (~masks).astype(float)
+    if removal == "sum":
+        return removed @ scores.T / scores.shape[1]
+    centred = scores - scores.mean(axis=1, keepdims=True)
+    return np.round(removed @ centred.T / masks.sum(axis=1, keepdims=True), 13)
+
+
+def by_scipy(scores, masks, outcomes, method="spearman", removal="mean"):
     """LDS of each query as it is written down."""
     outcomes = outcomes.mean(1) if outcomes.ndim == 3 else outcomes
-    predicted = -masks.astype(float) @ scores.T
+    predicted = predictions(scores, masks, removal)
     return np.array([METHODS[method](p, o).statistic for p, o in zip(predicted.T, outcomes.T, strict=True)])

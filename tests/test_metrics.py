@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from helpers import relative_error
 from hypothesis import given, strategies as st
-from studies import KEY, METHODS, SEEDS, by_scipy, study
+from studies import KEY, METHODS, SEEDS, by_scipy, predictions, study
 
 import influence_jax as ij
 from influence_jax import metrics
@@ -63,21 +63,54 @@ class TestCorrelation:
 
 class TestPredictedChanges:
     def test_by_hand(self):
+        """Means -1/4 and 1/2; four, three and two examples are left."""
         scores = np.array([[1.0, 2.0, -4.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
         masks = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1]])
-        expected = np.array([[0, 0], [0.25, 0], [-0.5, 0.25]])
-        assert relative_error(metrics.predicted_changes(scores, masks), expected) < 1e-12
+        of_sums = np.array([[0, 0], [0.25, 0], [-0.5, 0.25]])
+        of_means = np.array([[0, 0], [1.25 / 3, -0.5 / 3], [-0.75, 0]])
+        assert relative_error(metrics.predicted_changes(scores, masks, removal="sum"), of_sums) < 1e-12
+        assert relative_error(metrics.predicted_changes(scores, masks, removal="mean"), of_means) < 1e-12
+        assert relative_error(metrics.predicted_changes(scores, masks), of_means) < 1e-12
+
+    @pytest.mark.parametrize("removal", ["mean", "sum"])
+    def test_equals_what_is_written_down(self, removal):
+        scores, masks, _ = study(41, queries=7, examples=33, subsets=20)
+        got = metrics.predicted_changes(scores + 3, masks, removal=removal)
+        assert relative_error(got, predictions(scores + 3, masks, removal)) < 1e-11
 
     def test_few_examples_left_out_of_many(self, float32):
         """The sum over kept examples is 10^7 times as large as the differences between subsets."""
         scores = np.ones((1, 4096), np.float32)
         scores[0, :3] += np.array([1, 2, 3], np.float32) * 2**-12
         masks = ~np.eye(3, 4096, dtype=bool)
-        got = metrics.predicted_changes(scores, masks)
+        got = metrics.predicted_changes(scores, masks, removal="sum")
         assert relative_error(got[:, 0] * 4096 - 1, np.array([1, 2, 3]) * 2.0**-12) < 1e-6
+        expected = (np.array([1, 2, 3]) - 6 / 4096) * 2.0**-12 / 4095
+        assert relative_error(metrics.predicted_changes(scores, masks)[:, 0], expected) < 1e-6
+
+    def test_equal_scores_predict_nothing(self, float32):
+        """A mean that does not change when any of equal examples is left out; to the last bit, whatever the sizes."""
+        scores = np.float32([[0.1] * 11, [-7.7] * 11])
+        masks = study(42, examples=11, subsets=30)[1] | (np.arange(11) == 3)
+        assert not np.any(metrics.predicted_changes(scores, masks))
+        assert np.all(np.isnan(metrics.lds(scores, masks, study(42, queries=2, subsets=30)[2])))
+
+    @pytest.mark.parametrize("ties", [False, True])
+    @pytest.mark.parametrize("single", [False, True])
+    def test_subsets_of_one_size_rank_as_ever(self, ties, single):
+        """By the sum over the removed, ties included: what is taken off and divided by is the same for all of them."""
+        rng = np.random.default_rng(43)
+        scores = rng.standard_cauchy(size=(6, 40)) + rng.normal(size=(6, 1))
+        masks = np.argsort(rng.random((25, 40)), axis=1) < 22
+        scores = np.round(scores) if ties else scores
+        with jax.enable_x64(not single):
+            got = np.asarray(metrics.predicted_changes(scores.astype(np.float32 if single else float), masks))
+        expected = scipy.stats.rankdata((~masks).astype(float) @ scores.T, axis=0)
+        assert ties == (len(np.unique(expected[:, 0])) < 25)
+        np.testing.assert_array_equal(scipy.stats.rankdata(got, axis=0), expected)
 
     def test_is_what_leaving_out_does(self):
-        """Of a mean, whose retraining is known: scores of `Influence` over N, to order 1/N, and LDS 1."""
+        """Of a mean, whose retraining is known: scores of `Influence`, to order 1/N, and LDS 1."""
         y = np.random.default_rng(4).normal(size=(200, 1))
         loss = ij.Objective(lambda p, z: p, lambda out, z: 0.5 * jnp.sum((out - z) ** 2))
         fitted, queries = jnp.asarray(y.mean(0)), y[:7] + 1
@@ -91,10 +124,32 @@ class TestPredictedChanges:
         assert np.all(metrics.lds(scores, masks, outcomes) > 0.999)
         assert np.all(metrics.lds(scores, masks, outcomes, method="pearson") > 0.999)
 
+    @given(SEEDS)
+    def test_laws(self, seed):
+        """A constant on all scores of a query changes nothing; nothing left out, nothing changes."""
+        scores, masks, _ = study(seed)
+        masks[:, 3], masks[4] = True, True
+        got = metrics.predicted_changes(scores, masks)
+        assert relative_error(metrics.predicted_changes(scores + 5, masks), got) < 1e-11
+        assert not np.any(got[4])
+
+    def test_undefined_under_tracing(self):
+        """The mean over none, and a NaN among the scores, which is one in every subset."""
+        scores, masks, _ = study(44)
+        masks[:, 2], masks[5] = True, False
+        got = jax.jit(metrics.predicted_changes)(scores, masks)
+        assert np.isnan(got).all(axis=1).tolist() == [row == 5 for row in range(10)]
+        scores[1, 2] = np.nan
+        got = jax.jit(metrics.predicted_changes)(scores, masks | (np.arange(12) == 2))
+        assert np.isnan(got).all(axis=0).tolist() == [False, True, False]
+        assert np.isfinite(
+            jax.jit(lambda s, m: metrics.predicted_changes(s, m, removal="sum"))(scores[:1], masks)
+        ).all()
+
 
 class TestLds:
     def test_by_hand(self):
-        """Kept sums 3, 5, 4 predict -3, -5, -4: the middle loss lowest, the last one in between."""
+        """Kept sums 3, 5, 4 predict -3, -5, -4 and a constant: the middle loss lowest, the last one in between."""
         scores, masks = np.array([[1.0, 2.0, 3.0]]), np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1]])
         losses = np.array([[0.9, 0.5, 0.7], [0.5, 0.9, 0.7], [0.9, 0.7, 0.5]])
         for loss, expected in zip(losses, [1.0, -1.0, 0.5], strict=True):
@@ -104,8 +159,12 @@ class TestLds:
     @pytest.mark.parametrize("seeds", [None, 4])
     @pytest.mark.parametrize("ties", [False, True])
     def test_equals_scipy(self, method, seeds, ties):
+        """Of subsets of any size."""
         arrays = study(5, queries=6, examples=30, subsets=40, seeds=seeds, ties=ties)
         assert relative_error(metrics.lds(*arrays, method=method), by_scipy(*arrays, method)) < 1e-12
+        of_sums = by_scipy(*arrays, method, "sum")
+        assert relative_error(metrics.lds(*arrays, method=method, removal="sum"), of_sums) < 1e-12
+        assert np.max(np.abs(of_sums - metrics.lds(*arrays, method=method))) > 1e-3
 
     def test_leave_one_out(self):
         """With Pearson, the correlation of scores with changes, whatever the outcome without removal."""
@@ -130,9 +189,11 @@ class TestLds:
     @given(SEEDS, st.sampled_from(sorted(METHODS)))
     def test_flipped_signs_flip_it(self, seed, method):
         scores, masks, outcomes = study(seed)
+        masks[:, 0], masks[:, 1] = True, False  # so that what is kept and what is not are never empty
         expected = -metrics.lds(scores, masks, outcomes, method=method)
         assert relative_error(metrics.lds(-scores, masks, outcomes, method=method), expected) < 1e-12
-        assert relative_error(metrics.lds(scores, ~masks, outcomes, method=method), expected) < 1e-12
+        of_sums = -metrics.lds(scores, masks, outcomes, method=method, removal="sum")
+        assert relative_error(metrics.lds(scores, ~masks, outcomes, method=method, removal="sum"), of_sums) < 1e-12
         assert relative_error(metrics.lds(scores, masks, -outcomes, method=method), expected) < 1e-12
 
     @given(SEEDS, st.sampled_from(sorted(METHODS)))

@@ -116,6 +116,31 @@ class TestMistakes:
             bad(metrics.lds, TypeError, "scores: got dtype key", jax.random.split(KEY, 3)[:, None], MASKS, OUTCOMES),
             bad(metrics.predicted_changes, ValueError, "scores: got shape", SCORES[:0], MASKS),
             bad(
+                metrics.predicted_changes,
+                ValueError,
+                "removal: got 'avg', .*'mean', of training on the mean",
+                SCORES,
+                MASKS,
+                removal="avg",
+            ),
+            bad(metrics.lds, ValueError, "removal: got None", SCORES, MASKS, OUTCOMES, removal=None),
+            bad(metrics.lds_summary, ValueError, "removal: got 'N'", SCORES, MASKS, OUTCOMES, key=KEY, removal="N"),
+            bad(
+                metrics.predicted_changes,
+                ValueError,
+                "masks: got 10 subsets that keep no example",
+                SCORES,
+                MASKS & False,
+            ),
+            bad(
+                metrics.lds,
+                ValueError,
+                "masks: got 1 subsets that keep no .* first of them 1",
+                SCORES,
+                MASKS & (np.arange(10) != 1)[:, None],
+                OUTCOMES,
+            ),
+            bad(
                 metrics.correlation, ValueError, r"measured: got shape \(9,\), expected \(8,\)", np.ones(8), np.ones(9)
             ),
             bad(metrics.correlation, ValueError, "predicted: got 2 rows", np.ones(2), np.ones(2)),
@@ -182,9 +207,83 @@ class TestMistakes:
         with pytest.raises(ValueError, match="masks: got shape"):
             jax.jit(metrics.lds)(SCORES, MASKS[:, 1:], OUTCOMES)
 
-    def test_double_precision_lost_is_refused(self, float32):
-        with pytest.raises(TypeError, match=r"scores: got float64 but 64-bit mode is off.*astype"):
-            metrics.lds(SCORES, MASKS, OUTCOMES)
-
     def test_lists_will_do(self):
         assert metrics.auc([0.9, 0.1], [1, 0]) == 1
+        assert metrics.correlation([1, 2, 3], [jnp.float32(1), jnp.float32(3), jnp.float32(4)], method="spearman") == 1
+
+    def test_what_float32_cannot_hold_is_refused(self, float32):
+        with pytest.raises(ValueError, match=r"scores: got numbers up to .*e\+40, which float32 cannot hold; divide"):
+            metrics.lds(SCORES * 1e40, MASKS, OUTCOMES)
+
+
+class TestSinglePrecision:
+    """What was measured in float64 is compared where 64-bit mode is off, and loses nothing of the comparison."""
+
+    @pytest.mark.parametrize("name", MEASURES)
+    def test_every_measure_takes_double_precision(self, name, float32):
+        measure, arrays = MEASURES[name]
+        assert any(array.dtype in (np.float64, bool) for array in arrays)
+        narrow = [array.astype(np.float32) for array in arrays]
+        for got, cast in zip(jax.tree.leaves(measure(*arrays)), jax.tree.leaves(measure(*narrow)), strict=True):
+            assert got.dtype in (jnp.float32, bool)
+            np.testing.assert_allclose(got, cast, rtol=1e-5, atol=1e-6)
+
+    def test_losses_that_differ_by_little(self, float32):
+        """By 1e-9 of themselves: float32 would call them equal, and a constant has no correlation."""
+        close = 7 + 1e-9 * OUTCOMES
+        for got, expected in [
+            (metrics.lds(SCORES, MASKS, close), by_scipy(SCORES, MASKS, OUTCOMES)),
+            (metrics.lds(SCORES, MASKS, close, method="pearson"), by_scipy(SCORES, MASKS, OUTCOMES, "pearson")),
+            (metrics.correlation(close[:, 0], close[:, 1]), metrics.correlation(OUTCOMES[:, 0], OUTCOMES[:, 1])),
+            (metrics.seed_agreement(close, key=KEY), metrics.seed_agreement(OUTCOMES, key=KEY)),
+            (metrics.lds_summary(SCORES, MASKS, close, key=KEY).mean, by_scipy(SCORES, MASKS, OUTCOMES).mean()),
+        ]:
+            assert relative_error(got, np.asarray(expected)) < 1e-4
+
+    def test_orders_of_numbers_below_float32(self, float32):
+        tiny = np.exp(-150 + SCORES)
+        for measure in ("auc", "precision_at_k", "discovery_curve", "recall_at_k", "reciprocal_rank", "removal_masks"):
+            function, (scores, *others) = MEASURES[measure]
+            small = tiny[0] if scores.ndim == 1 else tiny
+            for got, expected in zip(*(jax.tree.leaves(function(x, *others)) for x in (small, scores)), strict=True):
+                np.testing.assert_array_equal(got, expected)
+
+    def test_integers_of_any_width(self, float32):
+        """As numbers whole, and as flags."""
+        whole = np.array([2**40 + 2, 2**40 + 1, 2**40, 2**40 + 3])
+        assert metrics.correlation(whole, np.array([3, 2, 1, 4], np.int8)) > 1 - 1e-6
+        assert metrics.correlation(whole, np.array([3, 2, 1, 4.0]), method="pearson") > 1 - 1e-6
+        assert metrics.auc(whole, np.array([1, 0, 0, 1], np.uint64)) == 1
+        for dtype in (bool, np.int8, np.int64, np.uint8, np.float64, np.float32):
+            assert metrics.predicted_changes(np.eye(3), (~np.eye(3, dtype=bool)).astype(dtype)).shape == (3, 3)
+
+
+class TestDebugNans:
+    """With `jax_debug_nans`, every measure runs, and what there is no answer to is NaN as ever."""
+
+    @pytest.fixture(autouse=True)
+    def debug(self):
+        with jax.debug_nans(True):
+            yield
+
+    @pytest.mark.parametrize("name", MEASURES)
+    def test_runs(self, name):
+        measure, arrays = MEASURES[name]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(measure(*arrays)))
+
+    @pytest.mark.filterwarnings("ignore:outcomes. of 3 of 3 queries")
+    def test_no_answer_is_nan(self):
+        same, nobody = np.ones_like(OUTCOMES), np.zeros_like(FLIPPED)
+        for got in [
+            metrics.correlation(np.ones(5), np.arange(5.0)),
+            metrics.lds(SCORES, MASKS, same),
+            metrics.lds_summary(SCORES, MASKS, same, key=KEY, resamples=20).over_subsets.high,
+            metrics.lds_summary(SCORES[:1], MASKS, OUTCOMES[..., :1], key=KEY, resamples=20).over_queries.low,
+            metrics.seed_ceiling(same, key=KEY, splits=3),
+            metrics.auc(SCORES[0], nobody),
+            metrics.discovery_curve(SCORES[0], nobody).found,
+            metrics.recall_at_k(SCORES, np.zeros_like(RELEVANT), 3),
+            metrics.reciprocal_rank(SCORES, np.zeros_like(RELEVANT)),
+            metrics.rank_stability(same),
+        ]:
+            assert np.isnan(got).all()

@@ -1,5 +1,7 @@
 """Bootstrap intervals, of any statistic and of LDS, against loops over resamples and by how often they cover."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,12 +121,66 @@ class TestSummary:
         assert np.isnan(summary.over_queries.high)
         assert summary.over_subsets.low < summary.over_subsets.high
 
-    def test_undefined_queries_show(self):
+    @pytest.mark.parametrize("method", METHODS)
+    def test_queries_that_never_vary_are_left_out(self, method):
+        """Everything is as if they had not been asked: the mean, and both intervals to Monte Carlo error."""
         scores, masks, outcomes = study(20, queries=8, subsets=30)
-        outcomes[:, 1] = 1
-        assert all(
-            np.isnan(number) for number in jax.tree.leaves(metrics.lds_summary(scores, masks, outcomes, key=KEY))
-        )
+        outcomes[:, [1, 4]], scores[6] = np.array([1.0, 0.0]), 0.3
+        told = [0, 2, 3, 5, 7]
+        with pytest.warns(UserWarning, match="tell nothing and are left out") as caught:
+            summary = metrics.lds_summary(scores, masks, outcomes, key=KEY, method=method)
+        words = [str(warning.message) for warning in caught]
+        assert [any(word in text for text in words) for word in ("of 2 of 8 queries (1, 4)", "of 1 of 8 queries (6)")]
+        assert [text.split(":")[0] for text in words] == ["outcomes", "scores"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            expected = metrics.lds_summary(scores[told], masks, outcomes[:, told], key=KEY, method=method)
+            traced = jax.jit(lambda *a: metrics.lds_summary(*a, key=KEY, method=method))(scores, masks, outcomes)
+        assert relative_error(summary.mean, expected.mean) < 1e-12
+        assert relative_error(summary.mean, by_scipy(scores[told], masks, outcomes[:, told], method).mean()) < 1e-12
+        assert relative_error(np.array(summary.over_subsets), np.array(expected.over_subsets)) < 1e-12
+        width = expected.over_queries.high - expected.over_queries.low
+        assert np.max(np.abs(np.array(summary.over_queries) - np.array(expected.over_queries))) < 0.15 * width
+        for got, leaf in zip(jax.tree.leaves(traced), jax.tree.leaves(summary), strict=True):
+            assert relative_error(got, leaf) < 1e-12
+
+    def test_a_float32_loss_that_rounds_to_zero(self, float32):
+        """Of confident queries: three of fifty, as after training a logistic regression."""
+        scores, masks, outcomes = study(23, queries=50, subsets=30)
+        outcomes = np.exp(outcomes).astype(np.float32)
+        outcomes[:, [3, 10, 11]] = 0
+        with pytest.warns(UserWarning, match=r"outcomes: of 3 of 50 queries \(3, 10, 11\)"):
+            summary = metrics.lds_summary(scores.astype(np.float32), masks, outcomes, key=KEY, resamples=50)
+        told = np.delete(np.arange(50), [3, 10, 11])
+        assert abs(summary.mean - by_scipy(scores[told], masks, outcomes[:, told]).mean()) < 1e-5
+        assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(summary))
+
+    def test_a_query_that_moves_once(self):
+        """In a third of the resamples it never moves, and is left out of those alone."""
+        scores, masks, outcomes = study(24, queries=4, subsets=20)
+        outcomes[:, 2] = np.arange(20) == 7
+        summary = metrics.lds_summary(scores, masks, outcomes, key=KEY, method="pearson", resamples=4000)
+        rng = np.random.default_rng(25)
+        means = []
+        for _ in range(2000):
+            rows = rng.integers(0, 20, size=20)
+            told = [0, 1, 2, 3] if 7 in rows else [0, 1, 3]
+            means.append(np.mean(by_scipy(scores[told], masks[rows], outcomes[rows][:, told], "pearson")))
+        low, high = np.quantile(means, [0.025, 0.975])
+        assert max(abs(summary.over_subsets.low - low), abs(summary.over_subsets.high - high)) < 0.1 * (high - low)
+
+    @pytest.mark.filterwarnings("ignore:outcomes. of")
+    def test_nothing_told_is_nan_and_says_so(self):
+        scores, masks, outcomes = study(20, queries=8, subsets=30)
+        summary = metrics.lds_summary(scores, masks, outcomes * 0, key=KEY)
+        assert all(np.isnan(number) for number in jax.tree.leaves(summary))
+        nan = "Interval(low NaN, high NaN)"
+        assert repr(summary) == f"Summary(mean NaN, over_queries {nan}, over_subsets {nan})"
+        outcomes[:, 1:] = 1
+        summary = metrics.lds_summary(scores, masks, outcomes, key=KEY)
+        assert np.isnan(summary.over_queries.low)
+        assert relative_error(summary.mean, by_scipy(scores[:1], masks, outcomes[:, :1])[0]) < 1e-12
+        assert summary.over_subsets.low < summary.over_subsets.high
 
     def test_few_subsets_give_numbers(self):
         """Of three subsets, a resample in nine is three times the same."""

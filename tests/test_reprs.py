@@ -120,7 +120,7 @@ PRINTED = {
     ),
     "info": (
         INFO,
-        "Info(1 of 2 converged, steps 9 to 12, residual 3.2e-07, min_curvature -2 to 0.1, block 0 to 3)",
+        "Info(1 of 2 converged, steps 9 to 12, residual 3.2e-07 and 1 NaN, min_curvature -2 to 0.1, block 0 to 3)",
         "Info(converged bool[2], steps int64[2], residual float64[2], min_curvature float64[2], block int64[2], "
         "standard_error float64[2])",
     ),

@@ -14,19 +14,28 @@ from .._typing import Array
 from ..batching import check_positive
 
 METHODS = ("spearman", "pearson")
+REMOVALS = {
+    "mean": "of training on the mean over the examples that are left, as retrain.training does",
+    "sum": "of training on the sum of their losses, still divided by the N of before",
+}
 
 
-def numbers(value: Any, name: str, *axes: str) -> Array:
-    """A floating array, at least float32, of finite numbers.
+def numbers(value: Any, name: str, *axes: str, only: str | None = None) -> Array:
+    """Return a floating array, at least float32, of finite numbers.
+
+    Where 64-bit mode is off, float64 is cast: what is measured is compared here, not computed with.  So that nothing of
+    the comparison is lost by it, `only` says what will be looked at: `"order"`, of all entries, of which ranks are then
+    kept, or `"differences"` along the leading axis, of which the first row is then taken off.
 
     Args:
       value: Array, or nested lists.
       name: The argument.
       axes: The layouts it may have, e.g. `"(S, Q)"`; any, if none is given.
+      only: What of the numbers decides; everything, if None.
 
     Raises:
-      TypeError: If it holds no real numbers, or is float64 while 64-bit mode is off.
-      ValueError: If it has another layout or no entries, or an entry is NaN or infinite.
+      TypeError: If it holds no real numbers.
+      ValueError: If it has another layout or no entries, or an entry is NaN, infinite or beyond float32.
     """
     array = _array(value, name, axes)
     bad = 0 if isinstance(array, jax.core.Tracer) else np.count_nonzero(~np.isfinite(np.asarray(array)))
@@ -35,47 +44,67 @@ def numbers(value: Any, name: str, *axes: str) -> Array:
             f"{name}: got {bad} entries of {array.size} that are NaN or infinite, expected finite numbers; find out "
             "where they come from, e.g. a training that diverged, and leave those rows out"
         )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array.astype(jnp.result_type(float))
-    return tree.promote(array)
+    if isinstance(array, np.ndarray):
+        array = jnp.asarray(_narrow(array, name, only))
+    return tree.promote(array) if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
+
+
+def _narrow(array: np.ndarray, name: str, only: str | None) -> np.ndarray:
+    """Cast on the host what JAX would cut: float64 where 64-bit mode is off, and integers."""
+    wanted = np.dtype(jnp.result_type(float))
+    if array.dtype.kind not in "iu" and not (array.dtype.kind == "f" and array.dtype.itemsize > wanted.itemsize):
+        return array
+    if array.dtype.itemsize >= wanted.itemsize:
+        if only == "order":
+            array = np.unique(array, return_inverse=True)[1].reshape(array.shape)
+        elif only == "differences":
+            array = array.astype(np.float64) - array[:1]
+    with np.errstate(over="ignore"):
+        cast = array.astype(wanted)
+    if not np.isfinite(cast).all():
+        raise ValueError(
+            f"{name}: got numbers up to {np.max(np.abs(array)):.3g}, which {wanted} cannot hold; divide them by a "
+            "constant, or run under jax.enable_x64(True)"
+        )
+    return cast
 
 
 def flags(value: Any, name: str, *axes: str) -> Array:
-    """A boolean array, from booleans or from numbers 0 and 1.
+    """Return a boolean array, from booleans or from numbers 0 and 1.
 
     Raises:
       TypeError, ValueError: As `numbers`, or if an entry is neither 0 nor 1.
     """
     array = _array(value, name, axes)
     if array.dtype == bool:
-        return array
-    if not isinstance(array, jax.core.Tracer):
-        found = np.asarray(array)
-        other = found[(found != 0) & (found != 1)]
-        if other.size:
-            raise ValueError(f"{name}: got entries such as {other[0]}, expected booleans, or 0 and 1; compare it first")
-    return array != 0
+        return jnp.asarray(array)
+    if isinstance(array, jax.core.Tracer):
+        return array != 0
+    found = np.asarray(array)
+    other = found[(found != 0) & (found != 1)]
+    if other.size:
+        raise ValueError(f"{name}: got entries such as {other[0]}, expected booleans, or 0 and 1; compare it first")
+    return jnp.asarray(found != 0)
 
 
-def _array(value: Any, name: str, axes: Sequence[str]) -> Array:
+def _array(value: Any, name: str, axes: Sequence[str]) -> Array | np.ndarray:
+    """Return real numbers of one of the layouts, on the host unless they are an array of JAX's already."""
     expected = " or ".join(axes) or "(S, ...)"
     try:
-        array = value if isinstance(value, jax.Array | np.ndarray) else jnp.asarray(value)
+        of_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+        array = value if isinstance(value, jax.Array) else (jnp.asarray if of_jax else np.asarray)(value)
+        if not isinstance(array, jax.core.Tracer) and tree.is_float64_lost(array):
+            array = np.asarray(array)  # made where 64-bit mode was on
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: got a {type(value).__name__}, expected an array {expected}") from error
+    if not isinstance(array, jax.Array) and array.ndim == 0 and array.dtype.kind in "OSU":
+        raise TypeError(f"{name}: got a {type(value).__name__}, expected an array {expected}")
     if not _is_real(array.dtype):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected real numbers or booleans")
-    if tree.is_float64_lost(array):
-        raise TypeError(
-            f"{name}: got float64 but 64-bit mode is off, so JAX would cut it to float32; cast it with "
-            ".astype(numpy.float32) or run under jax.enable_x64(True)"
-        )
-    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":
-        array = array.astype(jnp.result_type(float))  # before JAX would wrap what its integers cannot hold
     ranks = [layout.count(",") + (not layout.endswith(",)")) for layout in axes] or range(1, array.ndim + 1)
     if array.ndim not in ranks or array.size == 0:
         raise ValueError(f"{name}: got shape {array.shape}, expected {expected} with no axis empty")
-    return jnp.asarray(array)
+    return array
 
 
 def _is_real(dtype: Any) -> bool:
@@ -106,6 +135,13 @@ def check_method(method: str) -> None:
     """Raise unless there is such a correlation."""
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {list(METHODS)}")
+
+
+def check_removal(removal: str) -> None:
+    """Raise unless it is known what a training minimises when examples are left out."""
+    if not isinstance(removal, str) or removal not in REMOVALS:
+        told = ", or ".join(f"{name!r}, {what}" for name, what in REMOVALS.items())
+        raise ValueError(f"removal: got {removal!r}, expected {told}")
 
 
 def check_level(level: float) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from .._mesh import compiled
 from .._typing import Array, ArrayLike, Key, PyTree
 from ..batching import as_batch, check_key, check_positive, chunk_for, map_over
 from .checks import check_least, check_level, check_method
-from .ranks import correlate, resampled_correlation
+from .ranks import correlate, is_constant, measure, resampled_correlation, with_gaps, without_gaps
 from .retraining import predicted_and_measured
 
 
@@ -43,7 +44,7 @@ class Summary(NamedTuple):
     """A mean over queries, and how sure it is.
 
     Attributes:
-      mean: Over queries; scalar.
+      mean: Over the queries that tell something; scalar.
       over_queries: What other queries would have given, with the same subsets; NaN for a single query.
       over_subsets: What other subsets would have given, for the same queries.
 
@@ -106,7 +107,7 @@ def bootstrap(
 
     Reference: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
-    values = jax.tree.map(_wide, as_batch(values, "values"))
+    values = jax.tree.map(_wide, as_batch(jax.tree.map(_held, values), "values"))
     check_least("values", tree.count(values), 2, "rows", "one row says nothing about others")
     if not callable(statistic):
         raise TypeError(f"statistic: got {statistic!r}, expected a function of rows, e.g. jnp.median")
@@ -117,13 +118,18 @@ def bootstrap(
     return _bootstrap(values, key, statistic, resamples, level)
 
 
+def _held(leaf: Any) -> Any:
+    """Cast float64 of the host to what JAX holds, for the statistic compares it."""
+    return leaf.astype(np.float32) if isinstance(leaf, np.ndarray) and tree.is_float64_lost(leaf) else leaf
+
+
 def _check_settings(key: Key, resamples: int, level: float) -> None:
     check_key(key, "rows are resampled at random; pass key=")
     check_positive(resamples, "resamples")
     check_level(level)
 
 
-@partial(compiled, static_argnames=("statistic", "resamples", "level"))
+@partial(measure, static_argnames=("statistic", "resamples", "level"))
 def _bootstrap(
     values: PyTree, key: Key, statistic: Callable[[PyTree], Array], resamples: int, level: float
 ) -> Interval:
@@ -154,10 +160,16 @@ def lds_summary(
     *,
     key: Key,
     method: str = "spearman",
+    removal: str = "mean",
     resamples: int = 1000,
     level: float = 0.95,
 ) -> Summary:
-    """Mean of `lds` over queries, with what it owes to the choice of queries, and to that of subsets.
+    r"""Mean of `lds` over queries, with what it owes to the choice of queries, and to that of subsets.
+
+    $\frac1{|D|} \sum_{q \in D} \mathrm{LDS}(q)$ over the queries D of which there is a rank correlation.  The others
+    tell nothing about any scores: their loss is the same after every training, such as a float32 0 of a confident
+    model; or nothing is predicted of them, as all their scores are equal.  They are left out, and counted in a
+    warning.
 
     The arguments are those of `lds`, and those of `bootstrap`.  Subsets are drawn for all queries together, for a
     subset that is easy to predict is so for many of them.
@@ -168,14 +180,19 @@ def lds_summary(
       outcomes: `(S, Q)`, or `(S, K, Q)` with K seeds.
       key: Random key; the same key gives the same intervals.
       method: `"spearman"` or `"pearson"`.
+      removal: `"mean"` or `"sum"`, as for `predicted_changes`.
       resamples: How many, of queries and of subsets.
       level: Share that the intervals are to cover.
 
     Returns:
-      A Summary.  NaN if `lds` is NaN for a query; resamples of few subsets that are all alike are left out.
+      A Summary.  NaN if every query is left out; under tracing also if a number is NaN.  A query that is the same for
+      all subsets of a resample is left out of that, and a resample in which all are is left out.
 
     Raises:
       ValueError: As `lds` and `bootstrap`.
+
+    Warns:
+      UserWarning: If queries are left out, with their number and the first of them; not under tracing.
 
     Example:
       >>> import influence_jax as ij
@@ -191,34 +208,72 @@ def lds_summary(
     """
     check_method(method)
     _check_settings(key, resamples, level)
-    return _lds_summary(*predicted_and_measured(scores, masks, outcomes), key, method, resamples, level)
+    predicted, measured = predicted_and_measured(scores, masks, outcomes, removal)
+    _warn_of_constants(predicted, measured)
+    parts = _lds_summary(predicted, measured, key, method, resamples, level)
+    return jax.tree.map(with_gaps, *parts)
+
+
+def _warn_of_constants(predicted: Array, measured: Array) -> None:
+    """Say how many queries tell nothing, unless traced."""
+    if isinstance(predicted, jax.core.Tracer) or isinstance(measured, jax.core.Tracer):
+        return
+    for name, values, what in (
+        ("outcomes", measured, "was measured the same after every training, e.g. a loss that float32 rounds to 0"),
+        ("scores", predicted, "is predicted the same for all subsets, e.g. because all its scores are equal"),
+    ):
+        values = np.asarray(values)
+        places = np.flatnonzero(values.max(axis=0) == values.min(axis=0))
+        if places.size:
+            first = _reprs.some([str(place) for place in places])
+            warnings.warn(
+                f"{name}: of {places.size} of {values.shape[1]} queries ({first}) what {what}, so that they tell "
+                "nothing and are left out of the mean",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 @partial(compiled, static_argnames=("method", "resamples", "level"))
-def _lds_summary(predicted: Array, measured: Array, key: Key, method: str, resamples: int, level: float) -> Summary:
+def _lds_summary(
+    predicted: Array, measured: Array, key: Key, method: str, resamples: int, level: float
+) -> tuple[Summary, Summary]:
+    """Return the summary with zeros for what there is no answer to, and where those are."""
     of_queries, of_subsets = jax.random.split(key)
-    by_query = correlate(predicted, measured, method)
-    count, dtype = by_query.size, by_query.dtype
-    queries = jnp.matmul(by_query, _drawn(of_queries, count, resamples, dtype), precision=tree.HIGHEST) / count
-    if count == 1:
-        queries = queries + jnp.nan  # one query says nothing about others
-    counts = _drawn(of_subsets, predicted.shape[0], resamples, dtype)
-    subsets = _means_over_queries(predicted, measured, counts, method)
+    by_query, told = correlate(predicted, measured, method), ~(is_constant(predicted) | is_constant(measured))
+    by_query, dtype, number = jnp.where(told, by_query, 0), by_query.dtype, jnp.sum(told)
+    count = number.astype(dtype)
+    average = jnp.sum(by_query) / count
+    first = by_query[jnp.argsort(~told, stable=True)]  # those that tell something, of which alone are drawn
+    drawn = _drawn(of_queries, first.size, number, resamples, dtype)
+    queries = jnp.matmul(first, drawn, precision=tree.HIGHEST) / count
+    queries = jnp.where(number > 1, queries, jnp.nan)  # one query says nothing about others
+    counts = _drawn(of_subsets, len(predicted), len(predicted), resamples, dtype)
+    subsets = _means_over_queries(predicted, measured, told, counts, method)
     low, high = jnp.nanquantile(jnp.stack([queries, subsets]), _ends(level, subsets), axis=1)
-    return Summary(jnp.mean(by_query), Interval(low[0], high[0]), Interval(low[1], high[1]))
+    return without_gaps(Summary(average, Interval(low[0], high[0]), Interval(low[1], high[1])))
 
 
-def _drawn(key: Key, rows: int, resamples: int, dtype: np.dtype) -> Array:
-    """How often each row is in each resample, `(rows, R)`."""
-    drawn = jax.random.randint(key, (rows, resamples), 0, rows)
-    return jnp.zeros((rows, resamples), dtype).at[drawn, jnp.arange(resamples)].add(1)
+def _drawn(key: Key, rows: int, most: int | Array, resamples: int, dtype: np.dtype) -> Array:
+    """Return how often each row is in each resample, `(rows, R)`: of as many as are drawn from, the first `most`."""
+    drawn = jax.random.randint(key, (rows, resamples), 0, jnp.maximum(most, 1))
+    ones = jnp.broadcast_to((jnp.arange(rows) < most).astype(dtype)[:, None], drawn.shape)
+    return jnp.zeros((rows, resamples), dtype).at[drawn, jnp.arange(resamples)].add(ones)
 
 
-def _means_over_queries(predicted: Array, measured: Array, counts: Array, method: str) -> Array:
-    """Mean correlation in each resample of subsets, `(R,)`, query by query so that little is held at once."""
+def _means_over_queries(predicted: Array, measured: Array, told: Array, counts: Array, method: str) -> Array:
+    """Return the mean correlation in each resample of subsets, `(R,)`, query by query so that little is held at once.
 
-    def add(total: Array, query: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + resampled_correlation(*query, counts, method), None
+    A query that does not vary within a resample is left out of it, as one that never varies is left out of all.
+    """
+
+    def add(carry: tuple[Array, Array], query: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
+        x, y, told = query
+        found = resampled_correlation(x, y, counts, method)
+        used = told & ~(is_constant(x[:, None], counts) | is_constant(y[:, None], counts))
+        total, number = carry
+        return (total + jnp.where(used, found, 0), number + used.astype(number.dtype)), None
 
     zeros = jnp.zeros(counts.shape[1], counts.dtype)
-    return lax.scan(add, zeros, (predicted.T, measured.T))[0] / predicted.shape[1]
+    total, number = lax.scan(add, (zeros, zeros), (predicted.T, measured.T, told))[0]
+    return total / number

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from .. import _reprs
-from .._mesh import compiled
 from .._typing import Array, ArrayLike
 from .checks import check_k, check_least, check_same, flags, numbers
-from .ranks import nan_where, places, ranks, share_in_top
+from .ranks import measure, nan_where, places, ranks, share_in_top
 
 
 class DiscoveryCurve(NamedTuple):
@@ -62,12 +61,12 @@ def auc(suspicion: ArrayLike, flipped: ArrayLike) -> Array:
 
 
 def _suspects(suspicion: ArrayLike, flipped: ArrayLike) -> tuple[Array, Array]:
-    suspicion, flipped = numbers(suspicion, "suspicion", "(N,)"), flags(flipped, "flipped", "(N,)")
+    suspicion, flipped = numbers(suspicion, "suspicion", "(N,)", only="order"), flags(flipped, "flipped", "(N,)")
     check_same("flipped", flipped.shape, suspicion.shape, "one entry for each example of suspicion")
     return suspicion, flipped
 
 
-@compiled
+@measure
 def _auc(suspicion: Array, flipped: Array) -> Array:
     wrong = jnp.sum(flipped).astype(suspicion.dtype)
     right = suspicion.size - wrong
@@ -104,7 +103,7 @@ def precision_at_k(suspicion: ArrayLike, flipped: ArrayLike, k: int) -> Array:
     return _precision_at_k(suspicion, flipped, k)
 
 
-@partial(compiled, static_argnames="k")
+@partial(measure, static_argnames="k")
 def _precision_at_k(suspicion: Array, flipped: Array, k: int) -> Array:
     return jnp.sum(share_in_top(suspicion, k) * flipped.astype(suspicion.dtype)) / k
 
@@ -135,7 +134,7 @@ def discovery_curve(suspicion: ArrayLike, flipped: ArrayLike) -> DiscoveryCurve:
     return _discovery_curve(*_suspects(suspicion, flipped))
 
 
-@compiled
+@measure
 def _discovery_curve(suspicion: Array, flipped: Array) -> DiscoveryCurve:
     dtype, count = suspicion.dtype, suspicion.size
     order = jnp.argsort(-suspicion)
@@ -180,12 +179,12 @@ def recall_at_k(scores: ArrayLike, relevant: ArrayLike, k: int) -> Array:
 
 
 def _retrieved(scores: ArrayLike, relevant: ArrayLike) -> tuple[Array, Array]:
-    scores, relevant = numbers(scores, "scores", "(Q, N)"), flags(relevant, "relevant", "(Q, N)")
+    scores, relevant = numbers(scores, "scores", "(Q, N)", only="order"), flags(relevant, "relevant", "(Q, N)")
     check_same("relevant", relevant.shape, scores.shape, "that of scores")
     return scores, relevant
 
 
-@partial(compiled, static_argnames="k")
+@partial(measure, static_argnames="k")
 def _recall_at_k(scores: Array, relevant: Array, k: int) -> Array:
     shares = jax.vmap(lambda row: share_in_top(row, k))(scores)
     wanted = relevant.astype(scores.dtype)
@@ -219,7 +218,7 @@ def reciprocal_rank(scores: ArrayLike, relevant: ArrayLike) -> Array:
     return _reciprocal_rank(*_retrieved(scores, relevant))
 
 
-@compiled
+@measure
 def _reciprocal_rank(scores: Array, relevant: Array) -> Array:
     best = jnp.max(jnp.where(relevant, scores, -jnp.inf), axis=1, keepdims=True)
     before = jnp.sum(~relevant & (scores >= best), axis=1)
@@ -252,13 +251,13 @@ def top_k_overlap(a: ArrayLike, b: ArrayLike, k: int) -> Array:
 
     Reference: Fagin, Kumar & Sivakumar 2003, doi:10.1137/S0895480102412856.
     """
-    a, b = numbers(a, "a", "(Q, N)"), numbers(b, "b", "(Q, N)")
+    a, b = numbers(a, "a", "(Q, N)", only="order"), numbers(b, "b", "(Q, N)", only="order")
     check_same("b", b.shape, a.shape, "that of a")
     check_k(k, a.shape[1])
     return _top_k_overlap(a, b, k)
 
 
-@partial(compiled, static_argnames="k")
+@partial(measure, static_argnames="k")
 def _top_k_overlap(a: Array, b: Array, k: int) -> Array:
     in_a, in_b = (jax.vmap(lambda row: share_in_top(row, k))(x) for x in (a, b))
     return jnp.sum(in_a * in_b.astype(in_a.dtype), axis=1) / k
@@ -285,13 +284,13 @@ def rank_stability(scores: ArrayLike) -> Array:
 
     Reference: Spearman 1904, doi:10.2307/1412159.
     """
-    scores = numbers(scores, "scores", "(R, Q, N)")
+    scores = numbers(scores, "scores", "(R, Q, N)", only="order")
     check_least("scores", scores.shape[0], 2, "runs", "stability is between runs")
     check_least("scores", scores.shape[2], 3, "examples", "a correlation of fewer says nothing")
     return _rank_stability(scores)
 
 
-@compiled
+@measure
 def _rank_stability(scores: Array) -> Array:
     runs = scores.shape[0]
     placed = ranks(jnp.moveaxis(scores, -1, 0))  # (N, R, Q)

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import tree
 from .._mesh import compiled
 from .._typing import Array, ArrayLike
 from .checks import check_least, check_method, check_same, numbers
+
+R = TypeVar("R")
+
+
+def measure(fn: Callable[..., R], *, static_argnames: str | Sequence[str] = ()) -> Callable[..., R]:
+    """Compile a function whose results are NaN where there is no answer.
+
+    `jax_debug_nans` looks at what programs return, and takes any NaN for a mistake.  So the program returns zeros and
+    where they stand for no answer, and NaN is put there on the host.
+    """
+
+    @functools.wraps(fn)
+    def in_parts(*args: object, **kwargs: object) -> tuple[R, R]:
+        return without_gaps(fn(*args, **kwargs))
+
+    program = compiled(in_parts, static_argnames=static_argnames)
+
+    @functools.wraps(fn)
+    def measured(*args: object, **kwargs: object) -> R:
+        return jax.tree.map(with_gaps, *program(*args, **kwargs))
+
+    return measured
+
+
+def without_gaps(found: R) -> tuple[R, R]:
+    """Return arrays with zeros for what is NaN, and where that is."""
+    gaps = jax.tree.map(jnp.isnan, found)
+    return jax.tree.map(lambda x, gap: jnp.where(gap, 0, x), found, gaps), gaps
+
+
+def with_gaps(x: Array, gaps: Array) -> Array:
+    """Put NaN where there is no answer; on the host, unless traced."""
+    if isinstance(x, jax.core.Tracer):
+        return nan_where(gaps, x)
+    where = np.asarray(gaps)
+    return jax.device_put(np.where(where, np.nan, np.asarray(x)).astype(x.dtype), x.sharding) if where.any() else x
 
 
 def correlation(predicted: ArrayLike, measured: ArrayLike, *, method: str = "spearman") -> Array:
@@ -40,7 +79,9 @@ def correlation(predicted: ArrayLike, measured: ArrayLike, *, method: str = "spe
     Reference: Spearman 1904, doi:10.2307/1412159.
     """
     check_method(method)
-    predicted, measured = numbers(predicted, "predicted"), numbers(measured, "measured")
+    predicted, measured = (
+        numbers(values, name, only="differences") for values, name in ((predicted, "predicted"), (measured, "measured"))
+    )
     check_same("measured", measured.shape, predicted.shape, "that of predicted")
     check_rows("predicted", len(predicted), "rows")
     return correlate(predicted, measured, method)
@@ -51,7 +92,7 @@ def check_rows(name: str, got: int, of_what: str) -> None:
     check_least(name, got, 3, of_what, "a correlation of fewer says nothing")
 
 
-@partial(compiled, static_argnames="method")
+@functools.partial(measure, static_argnames="method")
 def correlate(x: Array, y: Array, method: str) -> Array:
     """`correlation` of checked arrays."""
     if method == "spearman":
@@ -89,12 +130,18 @@ def weighted_pearson(x: Array, y: Array, weights: Array) -> Array:
 def _standard(x: Array, weights: Array) -> Array:
     """With weighted mean 0 and weighted sum of squares 1."""
     x = x.astype(weights.dtype)
-    counted = lambda otherwise: jnp.where(weights > 0, x, otherwise)
-    constant = jnp.max(counted(-jnp.inf), axis=0, keepdims=True) == jnp.min(counted(jnp.inf), axis=0, keepdims=True)
+    constant = is_constant(x, weights)[None]
     largest = jnp.max(jnp.abs(x), axis=0, keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1)  # so that squares of tiny or huge numbers stay in range
     x = x - jnp.sum(weights * x, axis=0, keepdims=True) / jnp.sum(weights, axis=0, keepdims=True)
     return nan_where(constant, x / jnp.sqrt(jnp.sum(weights * x**2, axis=0, keepdims=True)))
+
+
+def is_constant(x: Array, weights: Array | int = 1) -> Array:
+    """Say of each column whether the rows that weigh anything are all alike, and finite."""
+    counted = lambda otherwise: jnp.where(weights > 0, x, otherwise)
+    largest = jnp.max(counted(-jnp.inf), axis=0)
+    return (largest == jnp.min(counted(jnp.inf), axis=0)) & jnp.isfinite(largest)
 
 
 def resampled_correlation(x: Array, y: Array, counts: Array, method: str) -> Array:

@@ -9,59 +9,99 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .. import tree
 from .._mesh import compiled
 from .._typing import Array, ArrayLike, Key
 from ..batching import check_key, check_positive, map_over
-from .checks import check_least, check_method, check_same, flags, numbers
-from .ranks import check_rows, correlate
+from .checks import check_least, check_method, check_removal, check_same, flags, numbers
+from .ranks import check_rows, correlate, measure, nan_where
 
 LARGEST_FIRST = {"helpful": -1, "harmful": 1}
 
 
-def predicted_changes(scores: ArrayLike, masks: ArrayLike) -> Array:
-    r"""What scores predict that training on a subset changes: $\frac1N \sum_{i \notin S_s} \tau_{qi}$.
+def predicted_changes(scores: ArrayLike, masks: ArrayLike, *, removal: str = "mean") -> Array:
+    r"""What scores predict that leaving examples out of the training changes, against training on all N.
 
-    A positive score means that the example lowers what is measured of the query, so that leaving it out raises it.
-    It is $-\frac1N \sum_{i \in S_s} \tau_{qi}$ up to a number that is the same for all subsets, and exact where few
-    examples are left out, as a sum over those that are kept is not.
+    A positive score means that the example lowers what is measured of the query, so that leaving it out raises it.  By
+    how much depends on what the training does with what is left.  With m examples left out, $i \in R$:
+
+    * `removal="mean"`: it minimises the mean loss of the N - m that are left, as `retrain.training` and every loop over
+      batches do: $\Delta_q = \frac{1}{N - m} \sum_{i \in R} (\tau_{qi} - \bar\tau_q)$ with
+      $\bar\tau_q = \frac1N \sum_{i=1}^N \tau_{qi}$.
+    * `removal="sum"`: it minimises the sum of their losses and a penalty that stays, as scikit-learn's `Ridge` and
+      `LogisticRegression` do: $\Delta_q = \frac1N \sum_{i \in R} \tau_{qi}$, as if N were still divided by.
+
+    With $\tau_{qi} = \nabla f_q^\top P\, g_i$ and P the inverse curvature, one Newton step changes the query by
+    $-\nabla f_q^\top P$ times the gradient of the new objective at the parameters of before.  There the mean gradient
+    and that of the penalty cancel, $\bar g + \nabla r = 0$, but neither need be 0.  For the mean over the others it is
+    $\frac{1}{N - m}(N \bar g - \sum_R g_i) + \nabla r = -\frac{1}{N - m} \sum_R (g_i - \bar g)$, for their sum over N
+    $\bar g - \frac1N \sum_R g_i + \nabla r = -\frac1N \sum_R g_i$.  What is neglected is of order $(m / N)^2$.
 
     Args:
-      scores: `(Q, N)`, positive where training on the example lowers what is measured.
+      scores: `(Q, N)` of all training examples, which weigh the same, positive where training on the example lowers
+        what is measured, without a factor 1/N.
       masks: `(S, N)`, true where the example is kept.
+      removal: `"mean"` or `"sum"`: what the training minimises when examples are left out.
 
     Returns:
-      Predicted changes against training on everything, `(S, Q)`, to first order.
+      Predicted changes against training on everything, `(S, Q)`, in the unit of what is measured, to first order;
+      positive: it rises.  Under tracing NaN for a query with a NaN among its scores, and for the mean over none.
 
     Raises:
-      ValueError: If the shapes do not fit, a mask is not of 0 and 1, or a score is NaN or infinite.
+      ValueError: If the shapes do not fit, a mask is not of 0 and 1 or keeps nothing to take a mean of, a score is NaN
+        or infinite, or there is no such removal.
 
     Example:
       >>> import influence_jax as ij
-      >>> ij.metrics.predicted_changes(jnp.array([[1.0, -3.0]]), jnp.array([[True, False], [False, True]])).tolist()
+      >>> scores, masks = jnp.array([[1.0, -3.0]]), jnp.array([[True, False], [False, True]])
+      >>> ij.metrics.predicted_changes(scores, masks).tolist()
+      [[-2.0], [2.0]]
+      >>> ij.metrics.predicted_changes(scores, masks, removal="sum").tolist()
       [[-1.5], [0.5]]
 
     Reference: Koh & Liang 2017, arXiv:1703.04730, section 2.1; of groups: Koh et al. 2019, arXiv:1905.13289.
     """
+    check_removal(removal)
     scores, masks = numbers(scores, "scores", "(Q, N)"), flags(masks, "masks", "(S, N)")
     hint = f"one entry for each example of scores {scores.shape}; scores are (Q, N) and masks (S, N)"
     check_same("masks", masks.shape, (masks.shape[0], scores.shape[1]), hint)
-    return _predicted_changes(scores, masks)
+    if removal == "mean" and not isinstance(masks, jax.core.Tracer):
+        empty = np.flatnonzero(~np.asarray(masks).any(axis=1))
+        if empty.size:
+            raise ValueError(
+                f"masks: got {empty.size} subsets that keep no example, the first of them {empty[0]}, but there is no "
+                "mean over none; leave them out, if masks are true where the example is kept, as they should be"
+            )
+    return _predicted_changes(scores, masks, removal)
 
 
-@compiled
-def _predicted_changes(scores: Array, masks: Array) -> Array:
-    return tree.gram((~masks).astype(scores.dtype), scores) / scores.shape[1]
+@partial(compiled, static_argnames="removal")
+def _predicted_changes(scores: Array, masks: Array, removal: str) -> Array:
+    removed, count = (~masks).astype(scores.dtype), scores.shape[1]
+    if removal == "sum":
+        return tree.gram(removed, scores) / count
+    # Any number may be taken off a query's scores first, for it cancels: the score nearest to their mean, so that equal
+    # scores predict exactly nothing.  N (sum over the removed) - m (sum over all), of whole numbers whole, keeps ties.
+    nearest = jnp.argmin(jnp.abs(scores - jnp.mean(scores, axis=1, keepdims=True)), axis=1)
+    scores = scores - lax.stop_gradient(jnp.take_along_axis(scores, nearest[:, None], axis=1))
+    left_out = jnp.sum(removed, axis=1, keepdims=True)
+    difference = count * tree.gram(removed, scores) - left_out * jnp.sum(scores, axis=1)[None]
+    predicted = difference / (count * jnp.maximum(count - left_out, 1))
+    return nan_where(left_out == count, predicted)
 
 
-def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, method: str = "spearman") -> Array:
+def lds(
+    scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, method: str = "spearman", removal: str = "mean"
+) -> Array:
     r"""Linear datamodeling score of each query: do scores predict what training on subsets gives?
 
-    $\mathrm{LDS}(q) = \rho_s\bigl(-\sum_{i \in S_s} \tau_{qi},\; f_q(\theta(S_s))\bigr)$, the rank correlation over
-    subsets of the sum of the kept examples' scores with what was measured; 1 is best.  The minus is there because a
-    positive score means that the example *lowers* what is measured.  Negate scores of methods for which positive means
-    that it raises it, as TRAK's for a margin.
+    $\mathrm{LDS}(q) = \rho_s\bigl(\Delta_{sq},\; f_q(\theta(S_s))\bigr)$, the rank correlation over subsets of
+    `predicted_changes` with what was measured; 1 is best.  Among subsets of one size both kinds of removal rank as
+    $-\sum_{i \in S_s} \tau_{qi}$ does, the sum of the kept examples' scores, with a minus because a positive score
+    means that the example *lowers* what is measured.  Where sizes differ, it matters what the training minimises.
+    Negate scores of methods for which positive means that it raises it, as TRAK's for a margin.
 
     With leave-one-out (or leave-k-out) masks and `method="pearson"` this is the leave-one-out (leave-k-out)
     correlation of predicted and actual changes; the outcome without any removal does not matter to it.
@@ -72,9 +112,11 @@ def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, method: str
       outcomes: What was measured of each query after training on each subset, `(S, Q)`, or `(S, K, Q)` with K seeds,
         whose mean is taken first.
       method: `"spearman"` or `"pearson"`.
+      removal: `"mean"` or `"sum"`, as for `predicted_changes`.
 
     Returns:
-      `(Q,)`; NaN for a query whose predictions or outcomes are the same for all subsets, to the last bit.
+      `(Q,)`; NaN for a query whose predictions or outcomes are the same for all subsets, to the last bit: it tells
+      nothing, and `lds_summary` leaves it out.
 
     Raises:
       ValueError: If shapes do not fit, there are fewer than three subsets, a mask is not of 0 and 1, or a number is NaN
@@ -91,13 +133,13 @@ def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, method: str
     section 4.1.
     """
     check_method(method)
-    return correlate(*predicted_and_measured(scores, masks, outcomes), method)
+    return correlate(*predicted_and_measured(scores, masks, outcomes, removal), method)
 
 
-def predicted_and_measured(scores: Any, masks: Any, outcomes: Any) -> tuple[Array, Array]:
-    """Checked predictions and outcomes without their axis of seeds, `(S, Q)` each."""
-    predicted = predicted_changes(scores, masks)
-    outcomes = numbers(outcomes, "outcomes", "(S, Q)", "(S, K, Q)")
+def predicted_and_measured(scores: Any, masks: Any, outcomes: Any, removal: str) -> tuple[Array, Array]:
+    """Return checked predictions and outcomes without their axis of seeds, `(S, Q)` each."""
+    predicted = predicted_changes(scores, masks, removal=removal)
+    outcomes = numbers(outcomes, "outcomes", "(S, Q)", "(S, K, Q)", only="differences")
     hint = f"(S, Q) or (S, K, Q) with S from masks and Q from scores; got {outcomes.shape} in all"
     check_same("outcomes", (outcomes.shape[0], outcomes.shape[-1]), predicted.shape, hint)
     check_rows("masks", len(predicted), "subsets")
@@ -140,13 +182,13 @@ def seed_agreement(outcomes: ArrayLike, *, key: Key, splits: int = 20, method: s
     check_method(method)
     check_positive(splits, "splits")
     check_key(key, "seeds are split at random; pass key=")
-    outcomes = numbers(outcomes, "outcomes", "(S, K, Q)")
+    outcomes = numbers(outcomes, "outcomes", "(S, K, Q)", only="differences")
     check_rows("outcomes", len(outcomes), "subsets")
     check_least("outcomes", outcomes.shape[1], 2, "seeds", "train each subset with more")
     return _seed_agreement(outcomes, key, splits, method)
 
 
-@partial(compiled, static_argnames=("splits", "method"))
+@partial(measure, static_argnames=("splits", "method"))
 def _seed_agreement(outcomes: Array, key: Key, splits: int, method: str) -> Array:
     half = outcomes.shape[1] // 2
 
@@ -187,7 +229,12 @@ def seed_ceiling(outcomes: ArrayLike, *, key: Key, splits: int = 20, method: str
     """
     agreement = seed_agreement(outcomes, key=key, splits=splits, method=method)
     seeds = np.shape(outcomes)[1]
-    more = seeds / (seeds // 2)
+    return _of_longer(agreement, seeds / (seeds // 2))
+
+
+@measure
+def _of_longer(agreement: Array, more: Array) -> Array:
+    """Return the root of the agreement of means over `more` times as many seeds."""
     agreement = jnp.maximum(agreement, 0)
     return jnp.sqrt(more * agreement / (1 + (more - 1) * agreement))
 
@@ -217,7 +264,7 @@ def removal_masks(scores: ArrayLike, counts: Sequence[int], *, remove: str = "he
     """
     if not isinstance(remove, str) or remove not in LARGEST_FIRST:
         raise ValueError(f"remove: got {remove!r}, expected one of {list(LARGEST_FIRST)}")
-    scores = numbers(scores, "scores", "(Q, N)", "(N,)")
+    scores = numbers(scores, "scores", "(Q, N)", "(N,)", only="order")
     removed = _counts(counts)
     if removed.max() >= scores.shape[-1]:
         raise ValueError(f"counts: got {counts}, expected 0 to {scores.shape[-1] - 1}, for there is nothing beyond")

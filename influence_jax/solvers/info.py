@@ -54,7 +54,9 @@ class Info(NamedTuple):
         told |= {"block": self.block} if block is None or block.any() else {}
         told |= {"standard_error": self.standard_error} if error is None or error.any() else {}
         spans = {name: _reprs.span(field) for name, field in told.items()}
-        return _reprs.call(self, outcome, *(f"{name} {span}" for name, span in spans.items() if span))
+        return _reprs.call(
+            self, outcome, *(f"{name} {span}" for name, span in spans.items() if span not in ("", "NaN"))
+        )
 
 
 def solved(
