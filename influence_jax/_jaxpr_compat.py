@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")
@@ -29,8 +31,12 @@ def opened(jaxpr: Any) -> Any:
 
 
 def constants(jaxpr: Any) -> Sequence[Any]:
-    """The values of its constants."""
-    return tuple(getattr(jaxpr, "consts", ()))
+    """The values of its constants, as JAX arrays.
+
+    Some versions of jax keep NumPy's, which a traced number cannot index where an equation is run again.
+    """
+    values = getattr(jaxpr, "consts", ())
+    return tuple(jnp.asarray(value) if isinstance(value, np.ndarray) else value for value in values)
 
 
 def called(equation: Any) -> Any | None:

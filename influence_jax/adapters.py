@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import tree
 from ._typing import Array, PyTree
 from .objective import Objective, get_field
 
@@ -71,9 +73,10 @@ def from_linen(
             raise TypeError(
                 f"{name}: got an array, expected a Python value; make arrays part of the example or variables"
             )
+    _check_linen(module)
     constants = {name: value for name, value in variables.items() if name != "params"}
     keywords = tuple(sorted(apply_kwargs.items()))
-    predict = _LinenPredict(module, input, batched, method, keywords)
+    predict = _LinenPredict(module, _one_input(input, "linen", batched), batched, method, keywords)
     return Objective(predict, loss, constants=constants or None), variables["params"]
 
 
@@ -89,10 +92,13 @@ def from_nnx(
       batched: Whether the module expects a batch axis; if so it is called on a batch of one.
 
     Returns:
-      `(objective, params)`; `params` is the `nnx.State` of all `nnx.Param`, everything else is constant.
+      `(objective, params)`; `params` is the `nnx.State` of all `nnx.Param`, everything else is constant.  The objective
+      takes them in any containers, as they come back from a disk: they are matched with the model's by their paths.
 
     Raises:
-      ValueError: If the model has dropout or batch norm in training mode, or no parameters.
+      TypeError: If the model is no nnx module, or takes more than one input.
+      ValueError: If the model has dropout or batch norm in training mode, or no parameters; on a call, if the leaves of
+        the parameters are not those of the model.
 
     Example:
       >>> import influence_jax as ij
@@ -104,6 +110,7 @@ def from_nnx(
     """
     from flax import nnx
 
+    _check_nnx(model)
     for path, module in nnx.iter_graph(model):
         training = getattr(module, "deterministic", None) is False and _dropout_rate(module) != 0.0
         if isinstance(module, nnx.Module) and (training or getattr(module, "use_running_average", None) is False):
@@ -116,7 +123,93 @@ def from_nnx(
     if not jax.tree.leaves(params):
         raise ValueError("model: has no nnx.Param, so there is nothing to differentiate")
     # nnx.split shares the model's Variables: a snapshot does not change when the model is trained on.
-    return Objective(_NnxPredict(graph, input, batched), loss, constants=rest), jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(jnp.asarray, params)
+    predict = _NnxPredict(graph, tree.form(params), tree.form(rest), _one_input(input, "nnx", batched), batched)
+    return Objective(predict, loss, constants=rest), params
+
+
+def _check_linen(module: Any) -> None:
+    """Raise TypeError unless it is a linen module that can be applied."""
+    from flax import linen, nnx
+
+    if isinstance(module, linen.Module):
+        return
+    if isinstance(module, nnx.Module):
+        hint = "; influence_jax.from_nnx(model, loss) takes nnx modules"
+    elif isinstance(module, type) and issubclass(module, linen.Module):
+        hint = f"; pass an instance, {module.__name__}(...)"
+    elif hasattr(module, "apply_fn") and hasattr(module, "params"):
+        hint = '; of a train state, from_linen(module, {"params": state.params}, loss)'
+    else:
+        hint = ""
+    raise TypeError(f"module: got {_kind(module)}, expected a flax.linen module{hint}")
+
+
+def _check_nnx(model: Any) -> None:
+    """Raise TypeError unless it is an nnx module."""
+    from flax import linen, nnx
+
+    if isinstance(model, nnx.Module):
+        return
+    if isinstance(model, linen.Module):
+        hint = "; influence_jax.from_linen(module, variables, loss) takes linen modules"
+    elif isinstance(model, type) and issubclass(model, nnx.Module):
+        hint = f"; pass an instance, {model.__name__}(...)"
+    elif isinstance(model, nnx.Optimizer):
+        hint = "; pass the model that the optimizer updates"
+    elif hasattr(model, "apply_fn") or hasattr(model, "opt_state"):
+        hint = "; pass the model, not the state of its training"
+    else:
+        hint = ""
+    raise TypeError(f"model: got {_kind(model)}, expected a flax.nnx module{hint}")
+
+
+def _kind(value: Any) -> str:
+    """Return what was given, in words."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _one_input(input: Any, framework: str, batched: bool) -> str | int:
+    """Return the name of the input, which is one part of an example."""
+    if isinstance(input, str | int) and not isinstance(input, bool):
+        return input
+    parts = list(input) if isinstance(input, tuple | list) and len(input) > 1 else ["a", "b"]
+    raise TypeError(
+        f"input: got {input!r}, expected one part of an example, a key, attribute or tuple index; "
+        + _own_objective(parts, framework, batched)
+    )
+
+
+def _check_one_input(method: Any, name: str, keywords: Mapping[str, Any], framework: str, batched: bool) -> None:
+    """Raise TypeError if the method of a module needs arguments beside one input and the keywords."""
+    try:
+        given = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):  # nothing that tells its arguments
+        return
+    places = [argument for argument in given if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)]
+    first = [argument.name for argument in places if argument.kind != argument.KEYWORD_ONLY][:1]
+    others = [argument.name for argument in places if argument.default is argument.empty]
+    others = [other for other in others if other not in (*first, *keywords)]
+    if others:
+        flags = f" if one is a flag, pass it to from_linen, e.g. {others[-1]}=False;" if framework == "linen" else ""
+        raise TypeError(
+            f"module: {name} needs {', '.join(map(repr, others))} beside its first argument, {''.join(first)!r}, but "
+            f"is called with one input;{flags} {_own_objective([*first, *others], framework, batched)}"
+        )
+
+
+def _own_objective(parts: Sequence[Any], framework: str, batched: bool) -> str:
+    """Return how to write the objective of a module with several inputs."""
+    axis, first = ("[None]", "[0]") if batched else ("", "")
+    inputs = ", ".join(f"z[{part!r}]{axis}" for part in parts)
+    if framework == "linen":
+        made = f"influence_jax.Objective(lambda params, z: module.apply({{'params': params}}, {inputs}){first}, loss)"
+    else:
+        made = (
+            "graph, params, rest = nnx.split(model, nnx.Param, ...) and influence_jax.Objective("
+            f"lambda params, z, rest: nnx.merge(graph, params, rest, copy=True)({inputs}){first}, loss, constants=rest)"
+        )
+    return f"several inputs go into an Objective of your own: {made}"
 
 
 def _dropout_rate(module: Any) -> float:
@@ -151,6 +244,9 @@ class _LinenPredict:
     def __call__(self, params: PyTree, example: PyTree, constants: PyTree = None) -> PyTree:
         from flax import errors
 
+        method = getattr(self.module, self.method or "__call__", None)
+        _check_one_input(method, type(self.module).__name__, dict(self.keywords), "linen", self.batched)
+
         def apply(inputs: PyTree) -> PyTree:
             try:
                 variables = {"params": params, **(constants or {})}
@@ -170,6 +266,8 @@ class _NnxPredict:
     """A merged nnx module on one example, equal for equal graph definitions."""
 
     graph: Any
+    params: tree.Form
+    constants: tree.Form
     input: str | int
     batched: bool
 
@@ -179,7 +277,12 @@ class _NnxPredict:
     def __call__(self, params: PyTree, example: PyTree, constants: PyTree) -> PyTree:
         from flax import nnx
 
-        model = nnx.merge(self.graph, params, constants)
+        # Merging takes leaves in the order they come in, whatever they are called.
+        params = self.params.matched(params, "params", "the model")
+        constants = self.constants.matched(constants, "constants", "the model")
+        # A copy, since the model may write to its variables: the caller's must stay as they are.
+        model = nnx.merge(self.graph, params, constants, copy=True)
+        _check_one_input(model, type(model).__name__, {}, "nnx", self.batched)
         return _on_batch_of_one(model, get_field(example, self.input, "input"), self.batched)
 
 

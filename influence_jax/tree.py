@@ -7,8 +7,10 @@ precision, because accelerators may otherwise multiply in bfloat16 or TF32.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -30,13 +32,127 @@ def path_name(path: tuple) -> str:
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
-    """`(name, leaf)` pairs in leaf order."""
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_loader)]
+    """`(name, leaf)` pairs in leaf order.
+
+    Raises:
+      ValueError: If a dict has keys that cannot be sorted, such as 1 and "1".
+    """
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_loader)
+    except ValueError as error:
+        raise ValueError(
+            f"a tree of arrays: got a dict whose keys cannot be sorted ({error}); let its keys be all strings, or all "
+            "ints: 1 and '1' would be one name"
+        ) from None
+    return [(path_name(path), leaf) for path, leaf in leaves]
 
 
 def _is_loader(x: PyTree) -> bool:
     """Whether `x` is an iterable that JAX does not know as a container; it warns about those."""
     return isinstance(x, Iterable) and jax.tree_util.default_registry.flatten_one_level(x) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Names and shapes of a tree's leaves, hashable: what another tree is matched with, by path and not by position.
+
+    Containers may differ: a key is its text, so that 2 and "2", an attribute and a dict's key, an item of a list and
+    `"0"` are the same, and `value`, in which flax.nnx keeps the array of a variable, may be there or not.
+
+    Attributes:
+      structure: Of the tree.
+      shapes: Of its leaves, in their order.
+    """
+
+    structure: jax.tree_util.PyTreeDef
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the leaves, in their order."""
+        return [path_name(path) for path, _ in self._places()]
+
+    def matched(self, tree: PyTree, name: str, whose: str) -> PyTree:
+        """`tree` in this structure, each leaf at its own path.
+
+        Args:
+          tree: Of the same leaves.
+          name: What it is called in messages.
+          whose: Whose form this is, e.g. `"the model"`.
+
+        Raises:
+          ValueError: If leaves are missing, unexpected, share a name or are of other shapes.
+        """
+        alike = jax.tree.structure(tree) == self.structure
+        leaves = jax.tree.leaves(tree) if alike else self._in_order(tree, name, whose)
+        for (path, _), leaf, shape in zip(self._places(), leaves, self.shapes, strict=True):
+            if jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"{name}: leaf '{path_name(path)}' has shape {jnp.shape(leaf)}, but {whose} has {shape}; expected "
+                    "arrays of the same sizes"
+                )
+        return tree if alike else self.structure.unflatten(leaves)
+
+    def _places(self) -> list[tuple[tuple, int]]:
+        """Paths of the leaves and their places."""
+        return jax.tree_util.tree_leaves_with_path(self.structure.unflatten(range(self.structure.num_leaves)))
+
+    def _in_order(self, tree: PyTree, name: str, whose: str) -> list[Array]:
+        """The leaves of `tree` in the order of this form."""
+        named_leaves(tree)  # refuses keys that cannot be sorted
+        places, found, extra = _aliases([path for path, _ in self._places()]), {}, []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            place = places.get(_texts(path))
+            if place is None:
+                extra.append("/".join(_texts(path)))
+            elif place in found:
+                twice = self.names[place]
+                raise ValueError(f"{name}: two leaves are called '{twice}'; expected each leaf of {whose} once")
+            else:
+                found[place] = leaf
+        missing = [path for place, path in enumerate(self.names) if place not in found]
+        if missing or extra:
+            raise ValueError(
+                f"{name}: its leaves are not those of {whose}: {_listed('missing', missing)}, "
+                f"{_listed('unexpected', extra)}; leaves are matched by their paths"
+            )
+        return [found[place] for place in range(len(found))]
+
+
+def form(tree: PyTree) -> Form:
+    """The form of a tree of arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return Form(structure, tuple(jnp.shape(leaf) for leaf in leaves))
+
+
+def _texts(path: tuple) -> tuple[str, ...]:
+    """Return the keys of a path as text, those of flat dicts, "a/b" and ("a", "b"), taken apart."""
+    keys = (getattr(key, "key", None) for key in path)
+    parts = [map(str, key) if isinstance(key, tuple) else [_text(entry)] for key, entry in zip(keys, path, strict=True)]
+    return tuple("/".join(itertools.chain.from_iterable(parts)).split("/")) if path else ()
+
+
+def _text(key: jax.tree_util.KeyEntry) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _aliases(paths: Sequence[tuple]) -> dict[tuple[str, ...], int]:
+    """Return where each path leads under all its names; a name that two paths could have belongs to none."""
+    places: dict[tuple[str, ...], set[int]] = {}
+    others: dict[tuple[str, ...], set[int]] = {}
+    for place, path in enumerate(paths):
+        texts, kept = _texts(path), tuple(key for key in path if key != jax.tree_util.GetAttrKey("value"))
+        short = texts[:-1] if len(texts) > 1 and texts[-1] == "value" else texts
+        places.setdefault(texts, set()).add(place)
+        for other in ((*texts, "value"), _texts(kept), short):
+            others.setdefault(other, set()).add(place)
+    return {name: min(of) for name, of in {**others, **places}.items() if len(of) == 1}
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    """A few of the names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{what} {', '.join(map(repr, names[:4]))}{more}" if names else f"nothing {what}"
 
 
 def size(tree: PyTree) -> int:
@@ -301,9 +417,11 @@ def check_params(params: PyTree, name: str = "params") -> PyTree:
 
     Raises:
       ValueError: If there are no leaves, or two leaves share a name.
-      TypeError: If a leaf is not a real floating array, or is float64 while x64 is off.
+      TypeError: If a leaf is not a real floating array, or is float64 while x64 is off, or if the tree is the state of
+        a training.
     """
     leaves = named_leaves(params)
+    _check_not_a_state(params, name)
     if not leaves:
         raise ValueError(f"{name}: got a tree without leaves, expected at least one array of parameters")
     names = [leaf_name for leaf_name, _ in leaves]
@@ -327,6 +445,30 @@ def check_params(params: PyTree, name: str = "params") -> PyTree:
                 "it to float32 or run under jax.enable_x64(True)"
             )
     return jax.tree.map(jnp.asarray, params)
+
+
+def _check_not_a_state(params: PyTree, name: str) -> None:
+    """Raise TypeError if what was given holds parameters and more, as the state of a training does."""
+    if isinstance(params, Mapping):
+        keys = [key for key in params if key in ("opt_state", "optimizer_state", "step")]
+        if "params" in params and keys:
+            raise TypeError(
+                f"{name}: got a dict with 'params' and {keys}, expected the parameters; pass its ['params']"
+            )
+    elif hasattr(params, "opt_state"):
+        has = hasattr(params, "params")
+        way = "pass state.params" if has else "pass nnx.state(model, nnx.Param) of the model it updates"
+        raise TypeError(f"{name}: got the training state {type(params).__name__}, expected the parameters; {way}")
+    for part in jax.tree.leaves(params, is_leaf=_is_optax):
+        if _is_optax(part):
+            raise TypeError(
+                f"{name}: got the state of an optimizer (it holds {type(part).__name__}), expected the parameters that "
+                "it updates, e.g. state.params of a train state"
+            )
+
+
+def _is_optax(part: PyTree) -> bool:
+    return isinstance(part, tuple) and type(part).__module__.split(".")[0] == "optax"
 
 
 def check_vector(vector: PyTree, like: PyTree, name: str, *, lead: tuple[int, ...] = ()) -> None:
@@ -365,6 +507,25 @@ def _structure_difference(vector: PyTree, like: PyTree) -> str:
     got = {leaf_name for leaf_name, _ in named_leaves(vector)}
     expected = {leaf_name for leaf_name, _ in named_leaves(like)}
     if got != expected:
-        missing, extra = sorted(expected - got)[:3], sorted(got - expected)[:3]
-        return f"its leaves differ from the parameters' (missing {missing}, unexpected {extra})"
-    return f"got the structure {jax.tree.structure(vector)}, expected {jax.tree.structure(like)}"
+        missing, extra = sorted(expected - got), sorted(got - expected)
+        return f"its leaves differ from the parameters' ({_listed('missing', missing)}, {_listed('unexpected', extra)})"
+    got, wanted = _containers(vector), _containers(like)
+    if got == wanted:  # keys 0 and "0", or what a container keeps beside its leaves
+        got, wanted = jax.tree.structure(vector), jax.tree.structure(like)
+    return (
+        f"its leaves have the names of the parameters', but in other containers: {got}, expected {wanted}; use one and "
+        "the same tree of parameters everywhere"
+    )
+
+
+def _containers(tree: PyTree) -> str:
+    """Return the types of a tree's containers."""
+    kinds: dict[str, None] = {}
+
+    def see(node: PyTree) -> bool:
+        if not jax.tree_util.all_leaves([node]):
+            kinds.setdefault(type(node).__name__)
+        return False
+
+    jax.tree.leaves(tree, is_leaf=see)
+    return ", ".join(kinds) or "none"
