@@ -5,7 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import mainly, random_like, relative_error, tree_error
-from zoo import CLASSES, LENGTH, VOCABULARY, WIDTH, ZOO, classified, normal, plain, square, squared, texts, token_loss
+from zoo import (
+    CLASSES,
+    LENGTH,
+    VOCABULARY,
+    WIDTH,
+    ZOO,
+    classified,
+    compiled,
+    normal,
+    plain,
+    square,
+    squared,
+    texts,
+    token_loss,
+)
 
 import influence_jax as ij
 from influence_jax import tree
@@ -55,13 +69,13 @@ def check(case, tolerance):
 
 
 @pytest.mark.parametrize(
-    "name", mainly(ZOO, *(name for name in ZOO if "transformer" not in name), "transformer, scan and remat")
+    "name", compiled(mainly(ZOO, *(name for name in ZOO if "transformer" not in name), "transformer, scan and remat"))
 )
 def test_gradients_are_rebuilt(name):
     check(ZOO[name](), 1e-12)
 
 
-@pytest.mark.parametrize("name", mainly(["mlp", "conv 2-D groups 2 dilated", "rotary"], "mlp"))
+@pytest.mark.parametrize("name", compiled(mainly(["mlp", "conv 2-D groups 2 dilated", "rotary"], "mlp")))
 def test_gradients_are_rebuilt_in_single_precision(float32, name):
     check(ZOO[name](), 1e-6)
 
@@ -114,7 +128,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", compiled(KINDS))
 def test_coverage(name):
     objective, params, data = ZOO[name]()
     covered = ij.coverage(objective, params, first(data))
@@ -136,6 +150,91 @@ def test_coverage_says_what_it_is_about():
     assert details["scale"] == ("block", "4 x 4, exact; mul")
     assert details["large"] == ("diagonal", "1,600 entries; integer_pow")
     assert details["dead"] == ("block", "2 x 2, exact; has no effect on the output")
+
+
+# Look-ups of whole matrices, tables of one column and of many, parts of a leaf that are treated differently, loops.
+LOOKED_UP = plain(
+    lambda p, z: (
+        jnp.einsum("td,tdh->th", z.x, p["experts"][z.y + jnp.arange(LENGTH)])
+        + p["table"][z.y + jnp.arange(LENGTH)]
+        + p["column"][z.y + jnp.arange(LENGTH)]
+        + (z.x[:, :2] @ p["parts"][:2]) @ p["parts"][2:].T @ p["head"]
+        + p["bias"][None]
+    ),
+    {
+        "experts": normal(VOCABULARY, WIDTH, WIDTH, number=1),
+        "table": normal(VOCABULARY, WIDTH, number=2),
+        "column": normal(VOCABULARY, 1, number=3),
+        "parts": normal(2 + 3, 7, number=4),
+        "head": normal(3, WIDTH, number=5),
+        "bias": normal(WIDTH, number=6),
+    },
+    classified(LENGTH, WIDTH),
+    squared,
+)
+LOOPED = plain(
+    lambda p, z: jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["stack"][i]), z.x),
+    {"stack": square(1, 3)},
+    classified(LENGTH, WIDTH),
+    squared,
+)
+
+
+def structure(fitted, names):
+    """Entries of each leaf by what is done with them, read off the eigenvectors that a fit has."""
+    found = {name: {} for name in names}
+    for layer in fitted.layers:
+        of = layer.layer
+        dense = [n > 1 for n, q in ((of.rows, layer.q_in), (of.columns, layer.q_out)) if q is not None]
+        single = not of.of_entries and of.rows == of.columns == 1  # of one entry, in its own eigenbasis
+        kind = "diagonal" if not any(dense) and not single else "matrix"
+        if of.of_entries:
+            kind = "diagonal" if layer.q_out is None else "block"
+        parts = [(of.kernel, kind, of.groups * (of.rows - (of.bias is not None)) * of.columns)]
+        if of.bias is not None:
+            parts.append((of.bias[0], "bias" if kind == "matrix" else kind, of.groups * of.columns))
+        for name, kind, size in parts:
+            found[name][kind] = found[name].get(kind, 0) + size
+    return found
+
+
+LOOKS = {"looked up": lambda: LOOKED_UP, "loop": lambda: LOOPED}
+OFTEN = ["mlp", "conv 2-D groups 4 stride 2", "transformer, scan", "rotary", "odd", "looped", *LOOKS]
+
+
+@pytest.mark.parametrize("max_side", [4096, 7, 2])
+@pytest.mark.parametrize("name", compiled(mainly([*ZOO, *LOOKS], *OFTEN)))
+def test_coverage_is_what_is_fitted(name, max_side):
+    """Every leaf, at any longest side: a matrix has a side in an eigenbasis, a diagonal none."""
+    objective, params, data = {**ZOO, **LOOKS}[name]()
+    fit = lambda params, data: ij.kfac(objective, params, data, labels="empirical", max_side=max_side)
+    covered = ij.coverage(objective, params, first(data), max_side=max_side)
+    expected = structure(jax.eval_shape(fit, params, data), [leaf.name for leaf in covered.leaves])
+    kinds = ("matrix", "bias", "block", "diagonal")
+    total = {kind: sum(sizes.get(kind, 0) for sizes in expected.values()) for kind in kinds}
+    for leaf in covered.leaves:
+        assert {kind: size for kind, size in leaf.parts if size} == {k: n for k, n in expected[leaf.name].items() if n}
+        assert leaf.kind == max(leaf.parts, key=lambda part: part[1])[0]
+    for kind, size in total.items():
+        assert covered.share(kind) == pytest.approx(size / sum(total.values()))
+
+
+def test_a_stack_of_experts_that_is_looked_up_is_a_diagonal():
+    """Each expert is one row: beyond the longest side nothing of it is factored, and nobody is told otherwise."""
+    objective, params, data = LOOKED_UP
+    kinds = lambda **options: {la.name: la for la in ij.coverage(objective, params, first(data), **options).leaves}
+    assert kinds()["experts"][2:5:2] == ("matrix", "11 x 64; gather; 5 positions; own basis of its rows")
+    beyond = kinds(max_side=63)
+    assert beyond["experts"].details == "11 x 64; gather; 5 positions; own basis of its rows and columns"
+    assert {name: leaf.kind for name, leaf in beyond.items()} == {
+        "bias": "block",
+        "column": "diagonal",
+        "experts": "diagonal",
+        "head": "matrix",
+        "parts": "matrix",
+        "table": "matrix",
+    }
+    assert ij.coverage(objective, params, first(data), max_side=63).share("diagonal") == pytest.approx(715 / 870)
 
 
 def test_overlapping_slices_are_taken_as_they_are():

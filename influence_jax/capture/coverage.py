@@ -16,6 +16,8 @@ from .analysis import Plan
 from .layers import MAX_SIDE, Layer, arrange, components
 from .views import Shape
 
+KINDS = ("matrix", "bias", "block", "diagonal")
+
 
 class LeafCoverage(NamedTuple):
     """How one leaf is treated.
@@ -23,9 +25,12 @@ class LeafCoverage(NamedTuple):
     Attributes:
       name: Of the leaf.
       shape: Of the leaf.
-      kind: `"matrix"`, `"bias"` (a row of a matrix), `"block"` (all its entries together) or `"diagonal"`.
+      kind: `"matrix"` (at least one side of it in an eigenbasis), `"bias"` (a row of such a matrix), `"block"` (all
+        its entries together) or `"diagonal"` (no entry together with another); of a leaf in several parts that are
+        treated differently, that of the largest.
       block: The diagonal block of the curvature that it is in.
       details: In words.
+      parts: How many entries of it are treated as which kind.
 
     Example:
       >>> import influence_jax as ij
@@ -40,6 +45,7 @@ class LeafCoverage(NamedTuple):
     kind: str
     block: str
     details: str
+    parts: tuple[tuple[str, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +65,11 @@ class Coverage:
     leaves: tuple[LeafCoverage, ...]
 
     def share(self, *kinds: str) -> float:
-        """Which share of all parameters is in leaves of these kinds."""
-        known = ("matrix", "bias", "block", "diagonal")
-        if not set(kinds) <= set(known):
-            raise ValueError(f"kinds: got {list(kinds)}, expected some of {list(known)}")
-        size = lambda leaf: math.prod(leaf.shape)
-        return sum(size(leaf) for leaf in self.leaves if leaf.kind in kinds) / max(sum(map(size, self.leaves)), 1)
+        """Which share of all parameters is treated as one of these kinds."""
+        if not set(kinds) <= set(KINDS):
+            raise ValueError(f"kinds: got {list(kinds)}, expected some of {list(KINDS)}")
+        parts = [part for leaf in self.leaves for part in leaf.parts]
+        return sum(size for kind, size in parts if kind in kinds) / max(sum(size for _, size in parts), 1)
 
     def __repr__(self) -> str:
         rows = [(leaf.name, " x ".join(map(str, leaf.shape)) or "()", leaf.kind, leaf.details) for leaf in self.leaves]
@@ -87,6 +92,11 @@ def coverage(
     A leaf that multiplies inputs (in products, convolutions, look-ups of rows; through casts, transposes, reshapes and
     slices; in calls, checkpoints and scans) is a matrix; one that is added to such a product's every position is the
     bias of it.  Whatever else is done with a leaf is differentiated as it stands: it is then a block of its own.
+
+    A side longer than `max_side` keeps its own basis, and so do the numbers by which rows are looked up, whose second
+    moment is diagonal; where both sides of a matrix do, what is left is a diagonal, and called so.  A stack of matrices
+    picked by `stack[index]` is a look-up like that of an embedding, whose rows are the whole matrices: write a product
+    with all of them, of which a mask takes those wanted, or a scan over the stack, to have each factored.
 
     Args:
       objective: Objective, or a bare `f(params, example) -> scalar`.
@@ -123,40 +133,57 @@ def coverage(
     jax.eval_shape(objective, params, example)  # a batch in place of an example is found out here
     plan, layers = arrange(objective, params, example, max_side)
     blocks = {name: block for block, names in components(layers).items() for name in names}
-    shapes = dict(zip(plan.names, plan.shapes, strict=True))
-    found: dict[str, tuple[str, list[str]]] = {}
+    found: dict[str, list[_Part]] = {name: [] for name in plan.names}
     for layer in layers:
-        kind, details = _described(plan, layer)
-        found.setdefault(layer.kernel, (kind, []))[1].append(details)
+        part = _described(plan, layer)
+        found[layer.kernel].append(part)
         if layer.bias is not None:
-            found[layer.bias[0]] = ("bias", [f"of {layer.kernel}"])
-    return Coverage(
-        tuple(
-            LeafCoverage(
-                name, shapes[name].shape, found[name][0], blocks[name], "; ".join(dict.fromkeys(found[name][1]))
-            )
-            for name in plan.names
-        )
-    )
+            kind = "bias" if part.kind == "matrix" else part.kind
+            found[layer.bias[0]].append(_Part(kind, layer.groups * layer.columns, f"of {layer.kernel}"))
+    shapes = zip(plan.names, plan.shapes, strict=True)
+    return Coverage(tuple(_leaf(name, leaf.shape, blocks[name], found[name]) for name, leaf in shapes))
 
 
-def _described(plan: Plan, layer: Layer) -> tuple[str, str]:
+class _Part(NamedTuple):
+    """Entries of a leaf that are in one layer."""
+
+    kind: str
+    size: int
+    details: str
+
+
+def _leaf(name: str, shape: Shape, block: str, parts: list[_Part]) -> LeafCoverage:
+    """Return what is said of a leaf: of several parts, the kind that most entries have."""
+    sizes: dict[str, int] = {}
+    for part in parts:
+        sizes[part.kind] = sizes.get(part.kind, 0) + part.size
+    details = "; ".join(dict.fromkeys(part.details for part in parts))
+    return LeafCoverage(name, shape, max(sizes, key=lambda kind: sizes[kind]), block, details, tuple(sizes.items()))
+
+
+def _described(plan: Plan, layer: Layer) -> _Part:
+    """Return what becomes of the entries of a layer's matrix.
+
+    A side of one entry has no basis but its own, so of a matrix with one the other side decides.
+    """
     ways = {plan.names[leaf]: ", ".join(live.ways) for leaf, live in plan.live.items()}
     many = f"{layer.groups} of " if layer.groups > 1 else ""
+    size = layer.groups * math.prod(layer.shape[-2:])
     if layer.of_entries:
         way = ways.get(layer.kernel, "has no effect on the output")
         if layer.own_basis[1]:
-            return "diagonal", f"{layer.groups * layer.columns:,} entries; {way}"
-        return "block", f"{many}{layer.columns} x {layer.columns}, exact; {way}"
+            return _Part("diagonal", size, f"{size:,} entries; {way}")
+        return _Part("block", size, f"{many}{layer.columns} x {layer.columns}, exact; {way}")
     uses = [plan.uses[index] for index, _ in layer.uses]
-    size = f"{layer.rows} x {layer.columns}" + (" with its bias" if layer.bias else "")
     positions = max(use.positions for use in uses)
+    sides = (layer.rows, layer.columns)
     kept = [side for side, keeps in zip(("rows", "columns"), layer.own_basis, strict=True) if keeps]
+    diagonal = bool(kept) and all(keeps or n == 1 for n, keeps in zip(sides, layer.own_basis, strict=True))
     parts = [
-        many + size,
+        many + f"{layer.rows} x {layer.columns}" + (" with its bias" if layer.bias else ""),
         "tied: " * (len(uses) > 1) + ", ".join(use.rule.kind for use in uses),
         f"{positions} positions" * (positions > 1),
         f"own basis of its {' and '.join(kept)}" * bool(kept),
         f"also {ways.get(layer.kernel)}" * (layer.live and layer.kernel in ways),
     ]
-    return "matrix", "; ".join(part for part in parts if part)
+    return _Part("diagonal" if diagonal else "matrix", size, "; ".join(part for part in parts if part))
