@@ -1,11 +1,15 @@
 """How programs are compiled: quickly, for most tests compile for longer than they run, or as users do.
 
+Compiled quickly, jax on CPU computes wrong gradients of a convolution followed by a relu and a maximum.  So whatever
+has a convolution is refused there, already when it is traced: its tests are marked `as_users`.
+
 A module of its own, for pytest imports its conftest under another name than tests do.
 """
 
 import contextlib
 
 import jax
+from jax import lax
 from jax._src import compiler
 
 # What makes the compiler quick, beside leaving out optimisations, if this version of it has the option.
@@ -26,6 +30,10 @@ def known_options() -> dict:
     return known
 
 
+class QuickConvolution(Exception):
+    """A convolution in a test that is compiled quickly; of a class that the library does not put in other words."""
+
+
 def compile_quickly(quick: bool) -> None:
     """Whether what is compiled from here on is compiled quickly, or as users do; nothing compiled otherwise is kept."""
     options = quick_options if quick else user_options
@@ -33,6 +41,18 @@ def compile_quickly(quick: bool) -> None:
         jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", quick)
     compiler.get_compile_options = options
+
+
+def refuse_quick_convolutions() -> None:
+    """From here on raise where a convolution is traced, to be compiled quickly."""
+    bind = lax.conv_general_dilated_p.bind
+
+    def bound(*arguments, **parameters):
+        if compiler.get_compile_options is quick_options:
+            raise QuickConvolution("mark a test of a convolution as_users: compiled quickly, its gradients are wrong")
+        return bind(*arguments, **parameters)
+
+    lax.conv_general_dilated_p.bind = bound
 
 
 def quick_options(*arguments, env_options_overrides=None, **named):

@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import hypothesis
 import jax
 import pytest
-from compiling import compile_quickly
+from compiling import compile_quickly, refuse_quick_convolutions
 
 jax.config.update("jax_enable_x64", True)
 
@@ -28,6 +28,7 @@ gc.set_threshold(20_000, 20, 20)
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("fixed")
 
+refuse_quick_convolutions()
 compile_quickly(True)  # also what test modules compute when they are imported
 
 
@@ -36,10 +37,22 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "as_users: compiled with all optimisations, as users do")
 
 
-@pytest.fixture(autouse=True)
-def compiled(request):
-    """Compile quickly, but as users do where a test asks for it: there the compiler is on trial as well."""
-    compile_quickly(request.node.get_closest_marker("as_users") is None)
+def as_users(item):
+    return item.get_closest_marker("as_users") is not None
+
+
+def pytest_collection_modifyitems(items):
+    """Within a module, put tests compiled as users do last: nothing compiled is kept when that changes."""
+    first = {}
+    for place, item in enumerate(items):
+        first.setdefault(item.path, place)
+    items.sort(key=lambda item: (first[item.path], as_users(item)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compile quickly, but as users do where a test asks for it: before its fixtures, of modules too, are made."""
+    compile_quickly(not as_users(item))
 
 
 # Every compiled program maps memory, and Linux grants a process 65,530 maps: beyond, the compiler crashes.

@@ -101,10 +101,11 @@ class Problem:
         return jnp.tensordot(factors[:3], self.mixed, axes=([1], [self.mixed.ndim - 1]))
 
 
-BUILDS = [linen_dense, linen_convolutions, nnx_network, nested_tuples, one_array]
+CONVOLUTIONS = pytest.param(linen_convolutions, marks=[pytest.mark.as_users, pytest.mark.thorough])
+BUILDS = mainly([linen_dense, nnx_network, nested_tuples, one_array], linen_dense, nnx_network, one_array)
 
 
-@pytest.fixture(params=mainly(BUILDS, linen_dense, nnx_network, one_array), scope="module")
+@pytest.fixture(params=[*BUILDS, CONVOLUTIONS], scope="module")
 def problem(request):
     with jax.numpy_dtype_promotion("standard"):
         return Problem(request.param)

@@ -20,7 +20,7 @@ from helpers import (
     relative_error,
     tree_error,
 )
-from zoo import CLASSES, LENGTH, VOCABULARY, WIDTH, ZOO, classified, normal, plain, texts
+from zoo import CLASSES, LENGTH, VOCABULARY, WIDTH, ZOO, classified, compiled, normal, plain, texts
 
 import influence_jax as ij
 from influence_jax import tree
@@ -105,6 +105,7 @@ class TestMoments:
         rotated = np.einsum("ia,nio,ob->nab", layer.q_in[0], grads, layer.q_out[0])
         assert relative_error(layer.values[0], np.mean(rotated**2, axis=0)) < 1e-12
 
+    @pytest.mark.as_users
     def test_grouped_convolution(self):
         """Each group has its own moments, of its own channels only."""
         kernel = normal(3, 2, 4, number=5)  # window 3, two channels a group, two groups of two outputs
@@ -194,7 +195,7 @@ def there_and_back(op, grads):
     return coordinates, from_basis(coordinates), values
 
 
-@pytest.mark.parametrize("name", mainly(LAWS, "mlp", "conv 2-D groups 4 stride 2", "rotary"))
+@pytest.mark.parametrize("name", compiled(mainly(LAWS, "mlp", "conv 2-D groups 4 stride 2", "rotary")))
 def test_corrected_eigenvalues_are_the_second_moments_in_the_basis(name):
     """For every kind of layer: coordinates are orthonormal, and eigenvalues the mean squares of the gradients'."""
     case = ZOO[name]()
@@ -272,6 +273,7 @@ class TestAssembledGaussNewton:
         part = ij.restrict(op, ("layer1/kernel", "layer1/bias"))
         assert relative_error(ij.to_dense(part), dense_by_rows(part)) < 1e-12
 
+    @pytest.mark.as_users
     def test_positions_go_the_other_way(self):
         case = ZOO["conv 1-D valid stride 2"]()
         self.check(case.objective, case.params, case.data)

@@ -116,7 +116,7 @@ class TestTwoSided:
             expected.append(whole.reshape(len(whole), -1) @ np.kron(np.asarray(left[0]), right))
         assert relative_error(projection.project(grads), np.concatenate(expected, axis=1)) < 1e-7
 
-    @pytest.mark.parametrize("name", mainly(["conv 2-D groups 2 dilated", "rotary", "looped"], "rotary"))
+    @pytest.mark.parametrize("name", zoo.compiled(mainly(["conv 2-D groups 2 dilated", "rotary", "looped"], "rotary")))
     def test_of_gradients(self, name):
         """Look-ups, convolutions, scans, tied and cut leaves: from captured factors as from gradients."""
         case = zoo.ZOO[name]()

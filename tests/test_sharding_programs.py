@@ -173,6 +173,7 @@ def images():
     return params, ij.Batch(jax.random.normal(keys[3], (32, 6, 6, 2)), jax.random.randint(keys[4], (32,), 0, 3))
 
 
+@pytest.mark.as_users
 class TestConvolutions:
     """XLA gets gradients of single examples wrong where it may split convolutions with channels last over devices."""
 

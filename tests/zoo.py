@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from helpers import cross_entropy
 
@@ -327,3 +328,13 @@ ZOO: dict[str, Callable[[], Case]] = {
         classified(LENGTH, WIDTH),
     ),
 }
+
+
+def compiled(cases: Iterable) -> list:
+    """Cases to parametrize a test with, names of models in front; those with a convolution are compiled as users do."""
+    cases = [case if isinstance(case, type(pytest.param())) else pytest.param(case) for case in cases]
+    convolutional = lambda name: name.startswith("conv") or name == "nnx"
+    return [
+        pytest.param(*case.values, marks=[*case.marks, pytest.mark.as_users]) if convolutional(case.values[0]) else case
+        for case in cases
+    ]
