@@ -46,6 +46,13 @@ def called(equation: Any) -> Any | None:
     return next((value for value in equation.params.values() if hasattr(opened(value), "eqns")), None)
 
 
+def replaced(equation: Any) -> Any | None:
+    """The jaxpr of a function with a derivative of its own, once it is no longer differentiated; else None."""
+    if not equation.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call")):
+        return None
+    return next((value for value in equation.params.values() if hasattr(opened(value), "eqns")), None)
+
+
 def scan_arity(equation: Any) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried."""
     params = equation.params

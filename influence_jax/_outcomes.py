@@ -14,7 +14,7 @@ from ._runs import Runs
 from ._typing import PyTree
 from .store.files import fingerprint
 from .store.outcomes import OutcomeStore
-from .stream.identity import identity, named
+from .stream.identity import named
 
 
 class Table(Protocol):
@@ -121,14 +121,14 @@ class Stored:
 
 
 def describe(train_fn: Any, measure: Any, runs: Runs, how: str) -> dict[str, Any]:
-    """All that makes outcomes comparable, the masks apart, of which there may be more later."""
+    """Return all that makes outcomes comparable, the masks apart, of which there may be more later."""
     names = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+    trained, measured = runs.identities()
     return {
         "what": "outcomes of retraining",
-        "train_fn": named(train_fn),
-        "trained": _identity(train_fn),
-        "measure": None if measure is None else named(measure),
-        "measured by": _identity(measure),
+        "train_fn": trained,
+        "measure": measured,
+        "about": {"train_fn": named(train_fn), "measure": named(measure)},
         "examples of a mask": runs.masks.shape[1],
         "weights": runs.dtype.name,
         "keys": fingerprint(runs.keys),
@@ -137,17 +137,3 @@ def describe(train_fn: Any, measure: Any, runs: Runs, how: str) -> dict[str, Any
         "devices": runs.devices,
         "versions": {"influence_jax": version("influence-jax"), **names},
     }
-
-
-def _identity(fn: Any) -> str:
-    """Fingerprint of a function, of the arrays and all else in it, and of the code that calling it runs."""
-    return identity((_contents(fn), getattr(fn, "__wrapped__", None), type(fn).__call__))
-
-
-def _contents(part: Any) -> Any:
-    """What a tree is made of, its static parts included."""
-    level = jax.tree_util.default_registry.flatten_one_level(part)
-    if level is None:
-        return part
-    children, structure = level
-    return [type(part).__qualname__, structure, *map(_contents, children)]

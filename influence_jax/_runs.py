@@ -20,6 +20,7 @@ from ._mesh import compiled, names_of, on_auto_axes
 from ._typing import Array, Key, PyTree
 from .batching import check_finite, check_positive
 from .store.files import fingerprint
+from .stream.identity import traced
 from .training import Training
 
 WAYS = ("each", "map", "vmap")
@@ -178,6 +179,17 @@ class Runs:
         """Shapes and dtypes of the outcome of one run."""
         shapes = _computed.eval_shape(self._arrays, *self._arguments(0, self.devices), program=self._program)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+
+    def identities(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Of the two functions, as programs with their constants; None for a measure that is not given."""
+        weights = jax.ShapeDtypeStruct(self.masks.shape[1:], self.dtype)
+        key = jax.ShapeDtypeStruct((), self.keys.dtype)
+        (train_fn, measure), (arrays, constants) = (self._program.train_fn, self._program.measure), self._arrays
+        trained = traced(lambda arrays, weights, key: train_fn(arrays)(weights, key), arrays, weights, key)
+        if measure is None:
+            return trained, None
+        params = jax.eval_shape(lambda arrays, weights, key: train_fn(arrays)(weights, key), arrays, weights, key)
+        return trained, traced(lambda arrays, params: measure(arrays)(params), constants, params)
 
     def compile(self, way: str) -> None:
         """Compile what `compute` calls."""

@@ -81,6 +81,7 @@ LAYERS = [
     [
         "store.files",
         "store.arrays",
+        "store.manifests",
         "store.growing",
         "store.projected",
         "store.outcomes",
@@ -93,9 +94,9 @@ LAYERS = [
         "_progress",
         "stream.processes",
         "stream.loaders",
-        "stream.identity",
         "stream.averages",
         "stream.operators",
+        "stream.identity",
         "stream.kronecker",
         "stream.inverse",
         "stream.tables",

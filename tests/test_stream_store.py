@@ -32,7 +32,7 @@ class TestStores:
             np.asarray(store), np.asarray(ij.stream.scores(influence(), cut(query, 3), cut(data, 20)))
         )
         manifest = ij.store.ScoreStore.open(tmp_path / "scores").manifest
-        assert manifest["solver"] == "Direct(damping=0.1)"
+        assert manifest["inverse"]["about"]["solver"] == "Direct(damping=0.1)"
         assert manifest["examples"] == N
 
     def test_interrupted_it_continues(self, tmp_path):
@@ -116,7 +116,7 @@ class TestStores:
                 stored(name, other)
         losses = [ij.Objective(predict, lambda out, z, scale=scale: scale * loss(out, z)) for scale in (1.0, 2.0)]
         stored("losses", fits[0], losses[0])
-        with pytest.raises(ValueError, match=r"losses: .* in the store"):
+        with pytest.raises(ValueError, match=r"objective: .* float64\[\] 1.0 in the store, float64\[\] 2.0 now"):
             stored("losses", fits[0], losses[1])
 
     def test_what_is_not_finite_is_not_kept(self, tmp_path):

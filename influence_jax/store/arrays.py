@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import re
 import shutil
@@ -55,29 +54,6 @@ def read_group(path: str | os.PathLike, what: str) -> dict[str, Any]:
     if manifest is None:
         raise ValueError(f"{file}: the manifest of a {what} is damaged (its checksum does not fit); {RESTORE}")
     return manifest
-
-
-def differences(have: Mapping[str, Any], wanted: Mapping[str, Any], now: str) -> str:
-    """What differs between two manifests, in words; entries of inner dicts one by one.
-
-    Example:
-      >>> differences({"dim": 8, "versions": {"jax": "0.9"}}, {"dim": 9, "versions": {"jax": "0.9"}}, "now")
-      'dim: 8 in the store, 9 now'
-    """
-    before, after = _flat(have), _flat(wanted)
-    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    told: Sequence[str] = [f"{key}: {before.get(key)} in the store, {after.get(key)} {now}" for key in differing]
-    return "; ".join(told)
-
-
-def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in manifest.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, "version of " if key == "versions" else f"{prefix}{key} ")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
-    return flat
 
 
 def create_array(

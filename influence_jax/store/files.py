@@ -291,7 +291,7 @@ def fingerprint(tree: PyTree) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, leaf in trees.named_leaves(tree):
-        kind, array = _bytes_of(leaf, name)
+        kind, array = entries_of(leaf, name)
         # Lengths keep a name from running into what follows it.
         header = f"{len(name)}:{name}{kind}{array.shape}"
         digest.update(header.encode())
@@ -299,8 +299,8 @@ def fingerprint(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(leaf: Any, name: str) -> tuple[str, np.ndarray]:
-    """Kind of a leaf, and its entries."""
+def entries_of(leaf: Any, name: str) -> tuple[str, np.ndarray]:
+    """Return the kind of a leaf, and its entries; of a random key, the numbers it is made of."""
     if isinstance(leaf, bool | int | float | complex | str) and not isinstance(leaf, np.generic):
         return type(leaf).__name__, np.frombuffer(repr(leaf).encode(), np.uint8)
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -18,9 +18,9 @@ from .._typing import Array, PyTree
 from ..batching import check_positive
 from ..projections import Projection
 from ..scoring import TopK
-from .arrays import differences
 from .files import fingerprint
 from .growing import GrowingStore, highest
+from .manifests import differences
 from .projected import ProjectedInverse, added_moments, check_damping
 
 
@@ -57,7 +57,7 @@ class GradientStore(GrowingStore):
 
     holds: ClassVar[str] = "gradients"
     called: ClassVar[str] = "store of gradients"
-    kind: ClassVar[dict[str, Any]] = {"kind": "gradients", "format": 1}
+    kind: ClassVar[dict[str, Any]] = {"kind": "gradients", "format": 2}
     dimensions: ClassVar[tuple[str, ...]] = ("train", "projected")
 
     def _shape(self, examples: int) -> tuple[int, ...]:

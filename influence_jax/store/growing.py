@@ -21,7 +21,6 @@ from .arrays import (
     chunk_file,
     chunk_shape,
     create_array,
-    differences,
     grow,
     open_array,
     read_group,
@@ -30,6 +29,7 @@ from .arrays import (
     write_group,
 )
 from .files import Ledger, Lock, writing
+from .manifests import differences
 
 Index = tuple[int, ...]
 

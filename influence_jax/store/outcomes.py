@@ -40,7 +40,7 @@ class OutcomeStore(GrowingStore):
 
     holds: ClassVar[str] = "outcomes"
     called: ClassVar[str] = "store of outcomes"
-    kind: ClassVar[dict[str, Any]] = {"kind": "outcomes", "format": 1}
+    kind: ClassVar[dict[str, Any]] = {"kind": "outcomes", "format": 2}
     dimensions: ClassVar[tuple[str, ...]] = ("run", "measured")
 
     @property

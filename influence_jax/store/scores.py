@@ -47,7 +47,7 @@ class ScoreStore(GrowingStore):
 
     holds: ClassVar[str] = "scores"
     called: ClassVar[str] = "score store"
-    kind: ClassVar[dict[str, Any]] = {"kind": "scores", "format": 1}
+    kind: ClassVar[dict[str, Any]] = {"kind": "scores", "format": 2}
     dimensions: ClassVar[tuple[str, ...]] = ("query", "train")
 
     def __init__(self, path: str | os.PathLike):

@@ -66,7 +66,7 @@ def gradients(
     objective, params = as_objective(objective), tree.check_params(params)
     check_sink(sink, "gradients", "GradientStore")
     blocks = Blocks(loader, "loader", batch_size, sharding, "gradients" if progress else None)
-    shares, manifest = Shares(blocks), describe_gradients("projected gradients", objective, params)
+    shares, manifest = Shares(blocks), describe_gradients("projected gradients", objective, params, blocks)
     options = {"projection": projection, "train_rows": shares.rows, "dtype": manifest["dtype"]}
     waiting: tuple[Block, jax.Array] | None = None
 

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 # Rows of a block cut from arrays that are given whole.
 DEFAULT_ROWS = 512
+# Examples that a loader is remembered by.
+HEAD = 8
 # Blocks on their way to the device while another is worked on.
 AHEAD = 2
 
@@ -100,6 +102,7 @@ class Ordered:
         first = next(self._batches(), None)
         self._seen = None if first is None else fingerprint(first)
         self.first_count = 0 if first is None else tree.count(first)
+        self.head = None if first is None else jax.tree.map(lambda x: x[:HEAD].copy(), first)
 
     def _batches(self) -> Iterator[PyTree]:
         return (owned(item, self._name) for item in self._data if not _is_empty(item))
@@ -257,11 +260,13 @@ class Blocks:
         # Known once it has been read.
         self.examples: int | None = batch_size(self._data, name) if whole and not several else None
 
-    def first(self) -> PyTree:
-        """Return the first batch of the loader, or the first examples of arrays given whole."""
-        if self._whole:
-            return checked(_rows(self._data, 0, min(self._share, batch_size(self._data, self.name))), self.name)
-        return next(iter(self._data))
+    def head(self) -> PyTree:
+        """Return a few examples, the first of those that this process feeds."""
+        if not self._whole:
+            if self._data.head is None:
+                raise ValueError(f"{self.name}: is empty, expected at least one batch")
+            return self._data.head
+        return checked(_rows(self._data, 0, min(HEAD, self._share, batch_size(self._data, self.name))), self.name)
 
     def __iter__(self) -> Iterator[Block]:
         """Blocks in order, the next ones on their way to the device already.
@@ -308,9 +313,9 @@ class Blocks:
     def _agreed(self) -> Iterator[tuple[PyTree, int]]:
         """This process's pieces, and how many examples all processes have for each block."""
         if not self.several:
-            yield from ((part, tree.count(part)) for part in self._cut())
+            yield from ((part, tree.count(part)) for part in self.pieces())
             return
-        pieces, last, ended = self._cut(), None, False
+        pieces, last, ended = self.pieces(), None, False
         while True:
             part = next(pieces, None)
             mine = 0 if part is None else tree.count(part)
@@ -345,7 +350,7 @@ class Blocks:
         """Where the pieces of arrays given whole begin."""
         return range(0, batch_size(self._data, self.name), self._share)
 
-    def _cut(self) -> Iterator[PyTree]:
+    def pieces(self) -> Iterator[PyTree]:
         """Pieces of as many examples as this process feeds, the last one shorter."""
         if self._whole:
             for start in (starts := self._starts()):

@@ -80,14 +80,15 @@ class Streamed(LinearOperator):
     def parts(self) -> Iterator[tuple[LinearOperator, int]]:
         """The operator on every block of the loader, and its examples; rows beyond them have weight zero."""
         for block in self.source:
-            op = self._on(block.batch, block.start)
+            op = self.on(block.batch, block.start)
             if block.count < tree.count(block.batch) and not all(map(_can_mask, _terms(op))):
                 batch = jax.tree.map(lambda x, count=block.count: x[:count], block.batch)
-                yield self._on(batch, block.start), block.count
+                yield self.on(batch, block.start), block.count
             else:
                 yield _masked(op, block.weights(wide_dtype(self.params))), block.count
 
-    def _on(self, batch: PyTree, start: int) -> LinearOperator:
+    def on(self, batch: PyTree, start: int) -> LinearOperator:
+        """The operator on one batch, whose first example is the loader's at `start`."""
         with examples_from(start):
             op = self.curvature(self.objective, self.params, batch)
         return op if self.block is None else restrict(op, self.block)
@@ -144,7 +145,7 @@ def _check_fixed(op: Streamed) -> None:
     """Raise if a term has data of its own, which would be weighted like those of each batch."""
     batch = next(iter(op.source)).batch
     own = {id(leaf) for leaf in jax.tree.leaves(batch)}
-    terms = zip(_terms(op._on(batch, 0)), _terms(op._on(batch, 0)), strict=True)
+    terms = zip(_terms(op.on(batch, 0)), _terms(op.on(batch, 0)), strict=True)
     for one, two in terms:
         if isinstance(one, OverData) and isinstance(two, OverData):
             pairs = list(zip(jax.tree.leaves(one.data), jax.tree.leaves(two.data), strict=True))

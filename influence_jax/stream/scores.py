@@ -357,6 +357,6 @@ def _table(
     rows = 1 if queries is None else tree.count(queries[0].batch)
     asked = None if queries is None else [block.host for block in queries]
     try:
-        yield Stored(sink, describe(what, influence, asked), count, rows, blocks)
+        yield Stored(sink, describe(what, influence, asked, blocks), count, rows, blocks)
     finally:
         sink.close()

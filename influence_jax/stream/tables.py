@@ -8,15 +8,16 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
 from .. import tree
+from .._mesh import compiled
 from .._typing import Array, PyTree
 from ..influence import Influence
-from ..solvers import Inverse
 from ..store.files import fingerprint
-from .identity import identity, named
+from .identity import of_inverse, of_loss, shape_of
 from .loaders import Block, Blocks
 from .processes import agree, to_host
 
@@ -164,35 +165,58 @@ class Stored:
         return self._store
 
 
-def describe(what: str, influence: Influence, queries: list[PyTree] | None) -> dict[str, Any]:
-    """All that makes scores comparable."""
-    inverse = influence.inverse
-    op, solver = (inverse.op, inverse.solver) if isinstance(inverse, Inverse) else (inverse, None)
+def describe(what: str, influence: Influence, queries: list[PyTree] | None, blocks: Blocks) -> dict[str, Any]:
+    """Return all that makes scores comparable."""
+    objective, params = influence.objective, influence.params
+    manifest = describe_gradients(what, objective, params, blocks)
+    asked = None
+    if queries is not None and (influence.measurement is not None or _kind(queries[0]) != _kind(blocks.head())):
+        asked = of_loss(influence.measurement or objective, params, queries[0])
     return {
-        **describe_gradients(what, influence.objective, influence.params),
+        **manifest,
         "query": None if queries is None else fingerprint(queries),
-        "measurement": None if influence.measurement is None else named(influence.measurement),
-        "curvature": named(op),
-        "inverse": identity(inverse),
-        "measured": identity(influence.measurement),
-        "solver": None if solver is None else named(solver),
-        "damping": None if solver is None else named(getattr(solver, "damping", None)),
+        "measurement": asked,
+        "inverse": of_inverse(influence.inverse, params),
         "units": "gradient of the query, inverse curvature of the mean loss, gradient of the example; no factor 1/N",
     }
 
 
-def describe_gradients(what: str, objective: Any, params: PyTree) -> dict[str, Any]:
-    """All that makes gradients comparable."""
+def describe_gradients(what: str, objective: Any, params: PyTree, blocks: Blocks) -> dict[str, Any]:
+    """Return all that makes gradients comparable."""
     names = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
     return {
         "what": what,
         "params": fingerprint(jax.tree.map(to_host, params)),
-        "objective": named(objective),
-        "losses": identity(objective),
+        "objective": of_loss(objective, params, blocks.head()),
+        "losses of the first rows": _first_losses(objective, params, blocks),
         "sign": "positive inner product: training on the example lowers the loss of the query",
         "dtype": np.dtype(tree.accumulation_dtype(*(x.dtype for x in jax.tree.leaves(params)))).name,
         "versions": {"influence_jax": version("influence-jax"), **names},
     }
+
+
+def _kind(batch: PyTree) -> Any:
+    """Return what a program knows of one example."""
+    shapes = [shape_of(leaf) for leaf in jax.tree.leaves(batch)]
+    return jax.tree.structure(batch), [(leaf.shape[1:], leaf.dtype) for leaf in shapes]
+
+
+def _first_losses(objective: Any, params: PyTree, blocks: Blocks) -> dict[str, Any] | None:
+    """Return the losses of the first rows, which see what no program shows, e.g. what a callback reads.
+
+    Of several processes none has all of them.
+    """
+    if blocks.several:
+        return None
+    rows = jax.tree.map(jnp.asarray, blocks.head())
+    losses = np.asarray(_losses(objective, params, rows))
+    rounding = max(float(jnp.finfo(x.dtype).eps) for x in [losses, *jax.tree.leaves(params)])
+    return {"rows": fingerprint(rows), "tolerance": rounding**0.5, "losses": [repr(float(loss)) for loss in losses]}
+
+
+@compiled
+def _losses(objective: Any, params: PyTree, rows: PyTree) -> Array:
+    return jax.vmap(objective, (None, 0))(params, rows)
 
 
 def check_sink(sink: Any, kind: str, expected: str) -> None:
