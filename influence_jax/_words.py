@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,14 +17,18 @@ from . import _reprs, tree
 from ._typing import PyTree
 
 PACKAGE = str(pathlib.Path(__file__).parent) + os.sep
-# Whose errors are told in words; those of anybody else's classes may be waited for by whoever wrote them.
-KNOWN = ("builtins", "jax", "jaxlib", "flax", "numpy")
+# Errors that say nothing about what a function was given.
+OF_THE_MACHINE = (OSError, MemoryError, RecursionError, Warning, jax.errors.JaxRuntimeError)
 # Leaves of a tree that a message lists.
 LISTED = 8
 
 
+class _Note(str):
+    """What the library adds to somebody else's exception."""
+
+
 def ask(role: str, fn: Callable[..., Any], given: Mapping[str, PyTree], hint: str) -> Any:
-    """Call a user's function, and if it fails say which one it was, and what it was given.
+    """Call a user's function, and if it fails note on its exception which one it was, and what it was given.
 
     Args:
       role: What the function is to the library, e.g. `"predict"`.
@@ -32,20 +37,29 @@ def ask(role: str, fn: Callable[..., Any], given: Mapping[str, PyTree], hint: st
       hint: What such functions have to keep to.
 
     Raises:
-      TypeError, ValueError: From what the function raised; errors of the system, and of classes that are not Python's,
-        NumPy's, JAX's or flax's, pass unchanged.
+      Exception: What the function raised, of its own class.  The note of PEP 678 is left out where it is about the
+        machine and not about the arguments, and where the library itself has raised it, in words.
     """
     try:
         return fn(*given.values())
     except Exception as error:
-        if not _is_ordinary(error) or _raised_here(error):  # not about the arguments, or in words already
-            raise
-        kind = TypeError if isinstance(error, TypeError | AttributeError) else ValueError
-        got = "; ".join(f"{name} {_shapes(value)}" for name, value in given.items())
-        said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
-        raise kind(
-            f"{role}: {name_of(fn)} failed{_place(error)} with {type(error).__name__}: {said}. It got {got}; {hint}"
-        ) from error
+        told = any(isinstance(note, _Note) for note in getattr(error, "__notes__", ()))
+        if not (told or isinstance(error, OF_THE_MACHINE) or _raised_here(error)):
+            got = "; ".join(f"{name} {_shapes(value)}" for name, value in given.items())
+            failed = f"{role}: {name_of(fn)} failed{_place(error)} with {type(error).__name__}"
+            error.add_note(_Note(f"{failed}. It got {got}; {hint}{_about_narrow(f'{error} {got}', given)}"))
+        raise
+
+
+def _about_narrow(told: str, given: Mapping[str, PyTree]) -> str:
+    """Return why parameters are wider than they were passed, where that may be what failed."""
+    narrow = re.search(r"\bb?float16\b", told)
+    if narrow is None or "params" not in given:
+        return ""
+    return (
+        f". Parameters passed as {narrow[0]} arrive as float32, in which derivatives are taken; let a model that is "
+        f"{narrow[0]} throughout begin with params = jax.tree.map(lambda p: p.astype(jnp.{narrow[0]}), params)"
+    )
 
 
 def name_of(fn: Any) -> str:
@@ -64,14 +78,8 @@ def levels_inside() -> int:
     return level
 
 
-def _is_ordinary(error: Exception) -> bool:
-    """Whether it may come from what the function was given, rather than from the machine or the system."""
-    told = (OSError, MemoryError, RecursionError, Warning, jax.errors.JaxRuntimeError)
-    return type(error).__module__.split(".")[0] in KNOWN and not isinstance(error, told)
-
-
 def _place(error: Exception) -> str:
-    """The last line of somebody's own code that the error came through."""
+    """Return the last line of somebody's own code that the error came through."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         file = frame.f_code.co_filename
         if not file.startswith(PACKAGE) and "site-packages" not in file and os.path.exists(file):
@@ -80,7 +88,7 @@ def _place(error: Exception) -> str:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether the library raised it, within the user's function."""
+    """Return whether the library raised it, within the user's function."""
     own = last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -88,7 +96,7 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _shapes(value: PyTree) -> str:
-    """Name, dtype and shape of the leaves."""
+    """Return name, dtype and shape of the leaves."""
     leaves = [(path or "array", leaf) for path, leaf in tree.named_leaves(value)]
     shown = [f"{path} {_reprs.array(leaf)}" for path, leaf in leaves[:LISTED]]
     more = [f"and {len(leaves) - LISTED} more"] if len(leaves) > LISTED else []

@@ -16,7 +16,7 @@ from ._typing import Array, Key, PyTree
 from ._words import ask, name_of
 from .blocks import Block, Frozen, freeze_rest, whole
 
-ONE_EXAMPLE = "it is given ONE example, without a batch axis, and params as they were passed to the library"
+ONE_EXAMPLE = "it is given ONE example, without a batch axis, and the params in the containers they were passed in"
 
 
 @dataclass
@@ -211,7 +211,8 @@ def get_field(example: PyTree, name: str | int, argument: str) -> PyTree:
             f"a Batch(x, y), or a dict such as {{{name!r}: batch}}"
         )
     if not isinstance(name, str | int) or name not in parts:
-        raise ValueError(f"{argument}: got {name!r}, expected one of {list(parts)}, the parts of an example")
+        places = f"; the parts of a tuple are numbered, {argument}=0" if isinstance(example, tuple | list) else ""
+        raise ValueError(f"{argument}: got {name!r}, expected one of {list(parts)}, the parts of an example{places}")
     return parts[name]
 
 

@@ -7,6 +7,9 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
+from flax.training.train_state import TrainState
 from small_classifier import BATCH, GGN, INFLUENCE, OBJECTIVE, PARAMS, STACK
 
 import influence_jax as ij
@@ -140,17 +143,98 @@ INPUTS = [
     ),
 ]
 
+TRAIN_STATE = TrainState.create(apply_fn=None, params=PARAMS, tx=optax.adam(0.1))
+
+
+class OwnError(Exception):
+    """A class that whoever raises it may wait for."""
+
+
+def raising(error):
+    def predict(params, z):
+        raise error
+
+    return ij.Objective(predict, helpers.cross_entropy)
+
+
+def narrow(params, z):
+    """A model that is bfloat16 throughout."""
+    return jax.lax.mul(z["x"][0], params["w"])
+
+
+STATES = [
+    (
+        "train state in place of params",
+        lambda: ij.Influence(OBJECTIVE, TRAIN_STATE, INFLUENCE.inverse),
+        TypeError,
+        ["params", "TrainState", "pass state.params"],
+    ),
+    (
+        "optimizer's state in place of params",
+        lambda: ij.GGN(OBJECTIVE, TRAIN_STATE.opt_state, BATCH),
+        TypeError,
+        ["params", "state of an optimizer", "ScaleByAdamState", "state.params"],
+    ),
+    (
+        "restored train state in place of params",
+        lambda: ij.Identity({"step": np.array(3), "params": PARAMS, "opt_state": {}}),
+        TypeError,
+        ["params", "'step', 'opt_state'", "['params']"],
+    ),
+    (
+        "nnx optimizer in place of params",
+        lambda: ij.Identity(nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1), wrt=nnx.Param)),
+        TypeError,
+        ["params", "Optimizer", "nnx.state(model, nnx.Param)"],
+    ),
+    (
+        "part of a tuple by name",
+        lambda: ij.from_linen(nn.Dense(3), {"params": PARAMS["layer0"]}, helpers.cross_entropy)[0](
+            PARAMS["layer0"], (BATCH.x[0], BATCH.y[0])
+        ),
+        ValueError,
+        ["input", "'x'", "[0, 1]", "input=0"],
+    ),
+]
+
+CLASSES = [
+    (
+        f"own error: {type(error).__name__}",
+        lambda error=error: ij.per_example_grads(raising(error), PARAMS, BATCH),
+        type(error),
+        ["predict: raising.<locals>.predict failed at mistakes_data.py:", "x float64[5]", "ONE example"],
+    )
+    for error in (KeyError("kernel"), NotImplementedError("later"), ZeroDivisionError("zero"), OwnError("mine"))
+] + [
+    (
+        "own error within another objective",
+        lambda: ij.per_example_grads(lambda p, z: raising(OwnError("inner"))(p, z), PARAMS, BATCH),
+        OwnError,
+        ["predict: raising.<locals>.predict failed"],
+    ),
+    (
+        "model that is bfloat16 throughout",
+        lambda: ij.per_example_grads(
+            ij.Objective(narrow, lambda out, z: jnp.sum(out.astype(jnp.float32))),
+            {"w": jnp.ones(2, jnp.bfloat16)},
+            {"x": jnp.ones((3, 4, 2), jnp.bfloat16)},
+        ),
+        TypeError,
+        ["w float32[2]", "passed as bfloat16 arrive as float32", "astype(jnp.bfloat16)"],
+    ),
+]
+
 EXAMPLES = [
     (
         "list of batches",
         lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS).fit([BATCH, BATCH]),
-        TypeError,
+        AttributeError,
         ["predict", "at helpers.py:", "AttributeError", "0/x float64[5]", "ONE example"],
     ),
     (
         "arrays in a list for a model that wants a Batch",
         lambda: INFLUENCE.influences([BATCH.x, BATCH.y], BATCH),
-        TypeError,
+        AttributeError,
         ["predict", "mlp", "AttributeError", "example (0 float64[5], 1 int64[])", "ONE example"],
     ),
     (
@@ -168,13 +252,13 @@ EXAMPLES = [
     (
         "variables in place of params",
         lambda: ij.GGN(OBJECTIVE, {"params": PARAMS}, BATCH).mv({"params": PARAMS}),
-        ValueError,
-        ["predict", "KeyError: 'kernel'", "params/layer0/kernel", "params as they were passed"],
+        KeyError,
+        ["predict", "with KeyError", "'kernel'", "params/layer0/kernel", "in the containers they were passed in"],
     ),
     (
         "model that wants a batch",
         lambda: ij.per_example_grads(lambda p, z: jnp.mean(z.x[:, 0] * p["w"]), {"w": jnp.ones(())}, BATCH),
-        ValueError,
+        IndexError,
         ["objective", "Too many indices", "x float64[5]", "without a batch axis"],
     ),
     (
@@ -192,7 +276,7 @@ EXAMPLES = [
     (
         "branch on a value",
         lambda: ij.per_example_grads(lambda p, z: p["w"] if z.x[0] > 0 else 0.0, {"w": jnp.ones(())}, BATCH),
-        TypeError,
+        jax.errors.TracerBoolConversionError,
         ["objective", "TracerBoolConversionError", "x float64[5]"],
     ),
     (

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mistakes_data import EXAMPLES, INPUTS
+from mistakes_data import CLASSES, EXAMPLES, INPUTS, STATES
 from mistakes_kronecker import KRONECKER
 from mistakes_operators import CAPABILITIES, OPERATORS, WEIGHTS
 from mistakes_solvers import BLOCKS, SOLVERS
@@ -21,19 +21,39 @@ import influence_jax as ij
 PACKAGE = pathlib.Path(ij.__file__).parent
 
 # (id, call, error, words the message must hold)
-MISTAKES = [*KRONECKER, *INPUTS, *SOLVERS, *OPERATORS, *EXAMPLES, *WEIGHTS, *BLOCKS, *CAPABILITIES]
+MISTAKES = [*KRONECKER, *INPUTS, *STATES, *CLASSES, *SOLVERS, *OPERATORS, *EXAMPLES, *WEIGHTS, *BLOCKS, *CAPABILITIES]
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
 def test_mistake(call, error, words):
     with pytest.raises(error) as caught:
         call()
-    message = str(caught.value)
+    message = said(caught.value)
     for word in words:
         assert word in message
+    if noted(caught.value):  # the exception of somebody's own function, with its class and its traceback
+        return
     assert type(caught.value).__module__ in ("builtins", "influence_jax.curvature.capabilities")
     last = traceback.extract_tb(caught.value.__traceback__)[-1]
     assert PACKAGE in pathlib.Path(last.filename).parents, f"the traceback ends in {last.filename}"
+
+
+def noted(error: Exception) -> list[str]:
+    """Return what the library added to an exception that it did not raise; jax adds a note of its own."""
+    return [note for note in getattr(error, "__notes__", ()) if not note.startswith("-----")]
+
+
+def said(error: Exception) -> str:
+    """Return what a reader sees of an exception, its notes included."""
+    return "\n".join([str(error), *noted(error)])
+
+
+def test_an_exception_has_one_note():
+    """However many functions of the library it comes through."""
+    name, call, error, _ = next(mistake for mistake in CLASSES if mistake[0].endswith("another objective"))
+    with pytest.raises(error) as caught:
+        call()
+    assert len(noted(caught.value)) == 1, name
 
 
 def test_float64_with_x64_off(float32):
@@ -83,7 +103,7 @@ def listed() -> str:
     for name, call, error, _ in MISTAKES:
         with pytest.raises(error) as caught:
             call()
-        told.append(f"{name}\n    {type(caught.value).__name__}: {caught.value}\n")
+        told.append(f"{name}\n    {type(caught.value).__name__}: {said(caught.value)}\n")
     return f"{len(MISTAKES)} mistakes\n\n" + "\n".join(told)
 
 
