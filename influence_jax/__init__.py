@@ -20,6 +20,7 @@ from . import (
     stream,
     unrolled,
 )
+from ._sound import LossWarning
 from .adapters import from_linen, from_nnx
 from .batching import Batch
 from .blocks import by_layer, by_parameter, full
@@ -124,6 +125,7 @@ __all__ = [
     "LeafCoverage",
     "LiSSA",
     "LinearOperator",
+    "LossWarning",
     "LowRank",
     "NotFittedError",
     "Nystrom",

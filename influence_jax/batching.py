@@ -12,17 +12,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from . import _reprs, tree
-from ._jaxpr_compat import uses
+from ._jaxpr_compat import constants, opened, uses
 from ._mesh import compiled
 from ._pytree import dataclass
 from ._typing import Array, Key, PyTree
@@ -137,6 +139,7 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
     Raises:
       TypeError, ValueError: As `check_batch`.
     """
+    batch = plain(batch, name)
     check_batch(batch, name)
     return jax.tree.map(jnp.asarray, batch)
 
@@ -177,7 +180,7 @@ def check_finite(values: PyTree, name: str) -> None:
     for path, leaf in tree.named_leaves(values):
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        if not isinstance(leaf, jax.Array) or _readable_in_place(leaf):
+        if not isinstance(leaf, jax.Array) or readable_in_place(leaf):
             bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf))))
         else:
             with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is counted now
@@ -188,7 +191,7 @@ def check_finite(values: PyTree, name: str) -> None:
             )
 
 
-def _readable_in_place(leaf: Array) -> bool:
+def readable_in_place(leaf: Array) -> bool:
     """Whether numpy reads it without a copy, which spares compiling a program for every shape."""
     return len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu" and leaf.is_fully_addressable
 
@@ -340,8 +343,11 @@ def sum_over(
 ) -> tuple[PyTree, Array]:
     """Weighted sum over a batch, and the sum of the weights, both undivided.
 
+    An example of weight zero is not looked at: another one takes its place, without weight, for zero times what is not
+    finite is not zero.  The derivative in its weight is what it would add, NaN where that is not finite.
+
     Args:
-      fn: `fn(chunk_of_batch, chunk_weights) -> tree`, the weighted sum over that chunk.
+      fn: `fn(chunk_of_batch, chunk_weights) -> tree`, the weighted sum over that chunk, linear in the weights.
       batch: Leaves `(N, ...)`.
       weights: `(N,)`, ones if None.
       chunk: Examples per chunk; at most 256 if None.
@@ -351,15 +357,74 @@ def sum_over(
       The tree summed in at least float32, and `sum(weights)`.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
+    spare = None if weights is None else Spare.of(batch, weights)
     weights = jnp.ones(count, dtype or jnp.float32) if weights is None else weights.astype(dtype or weights.dtype)
 
     def step(carry: PyTree, part: PyTree, indices: Array) -> PyTree:
         batch_part, weight_part = part
         masked = jnp.where(indices < count, weight_part, jnp.zeros_like(weight_part))
-        return jax.tree.map(lambda acc, x: acc + x.astype(acc.dtype), carry, fn(batch_part, masked))
+        summed = fn(batch_part, masked) if spare is None else spare.sum(fn, batch_part, masked)
+        return jax.tree.map(lambda acc, x: acc + x.astype(acc.dtype), carry, summed)
 
     zero = tree.zeros_like(tree.promote_shapes(jax.eval_shape(fn, batch, weights)))
     return scan_chunks(step, zero, (batch, weights), chunk=chunk), jnp.sum(weights)
+
+
+class Spare(NamedTuple):
+    """An example that has weight, to stand in for those that have none.
+
+    Attributes:
+      row: The first one with weight, leaves `(1, ...)`.
+      found: Whether there is one.
+    """
+
+    row: PyTree
+    found: Array
+
+    @staticmethod
+    def of(batch: PyTree, weights: Array) -> Spare:
+        """Find it."""
+        counts = weights != 0
+        place = jnp.argmax(counts)
+        row = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=True), batch)
+        return Spare(row, jnp.any(counts))
+
+    def instead(self, batch: PyTree, weights: Array) -> PyTree:
+        """Put it in the place of every example of a chunk that has no weight."""
+        counts = lambda x: (weights != 0).reshape((-1,) + (1,) * (x.ndim - 1))
+        return jax.tree.map(lambda x, row: jnp.where(counts(x), x, row), batch, self.row)
+
+    def sum(self, fn: Callable[[PyTree, Array], PyTree], batch: PyTree, weights: Array) -> PyTree:
+        """Sum over the examples of a chunk that have weight, differentiable in the weights of all."""
+        none = jnp.zeros_like(weights)
+        summed = fn(self.instead(batch, weights), jnp.where(weights != 0, weights, none))
+        of_rest = _nothing_yet(fn, batch, jnp.where(weights != 0, none, weights))
+        return jax.tree.map(lambda x, rest: jnp.where(self.found, x, jnp.zeros_like(x)) + rest, summed, of_rest)
+
+
+def _nothing_yet(fn: Callable[[PyTree, Array], PyTree], batch: PyTree, weights: Array) -> PyTree:
+    """Return the zeros that `fn` would if no weight were other than zero, with its derivatives in the weights.
+
+    Nothing of `fn` is computed unless somebody differentiates in the weights.  What it closes over is hoisted out by
+    hand, for the rule may be asked for when the trace that it was made in is over.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(batch, weights)
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    @jax.custom_jvp
+    def nothing(weights: Array, batch: PyTree, values: list[Any]) -> PyTree:
+        return zeros()
+
+    def rule(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
+        weights, batch, values = primals
+        if isinstance(tangents[0], SymbolicZero):
+            return zeros(), zeros()
+        run = jaxpr_as_fun(ClosedJaxpr(opened(closed), values))
+        summed = lambda w: jax.tree.structure(shapes).unflatten(run(*jax.tree.leaves(batch), w))
+        return zeros(), jax.jvp(summed, (weights,), (tangents[0],))[1]
+
+    nothing.defjvp(rule, symbolic_zeros=True)
+    return nothing(weights, batch, list(constants(closed)))
 
 
 def map_chunks(

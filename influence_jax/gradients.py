@@ -201,7 +201,32 @@ def _per_example_grads(
 
 def grads_of_chunk(objective: Objective | LossOnly, params: PyTree, batch: PyTree) -> PyTree:
     """The gradient of every example, all at once."""
-    return each(lambda example, loss, at: jax.grad(loss)(at, example), batch, objective, params)
+
+    def one(example: PyTree, loss: Objective | LossOnly, at: PyTree) -> PyTree:
+        value, slope = jax.value_and_grad(loss)(at, example)
+        return spoilt(slope, value)
+
+    return each(one, batch, objective, params)
+
+
+def spoilt(values: PyTree, loss: Array) -> PyTree:
+    """Turn what was derived from a loss into NaN if the loss is not finite, its derivatives included.
+
+    In JAX a loss may be NaN while its gradient is a finite number: the derivative of a look-up out of range is zero.
+    """
+    factor = jnp.where(jnp.isfinite(loss), 1, jnp.nan)
+    return jax.tree.map(lambda x: x * factor.astype(x.dtype), values)
+
+
+def finite_rows(stack: PyTree) -> Array:
+    """Tell which rows of a stack, leaves `(N, *leaf)`, are finite in all entries, `(N,)`."""
+    rows = [jnp.isfinite(x).reshape(x.shape[0], -1) for x in jax.tree.leaves(stack)]
+    return jnp.all(jnp.stack([jnp.all(x, axis=1) for x in rows]), axis=0)
+
+
+def all_or_nan(losses: Array) -> Array:
+    """Return one if all losses are finite, else NaN: a factor for what is made of them together."""
+    return jnp.where(jnp.all(jnp.isfinite(losses)), 1, jnp.nan).astype(losses.dtype)
 
 
 def directional(fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree) -> tuple[PyTree, PyTree]:
@@ -229,7 +254,8 @@ def _jacobian_product(
 
     def one(example: PyTree) -> Array:
         def along(vector: PyTree) -> Array:
-            return directional(lambda p: objective(p, example), params, vector)[1]
+            value, product = directional(lambda p: objective(p, example), params, vector)
+            return spoilt(product, value)
 
         return map_rows(along, vectors, rhs_chunk)
 
@@ -244,7 +270,8 @@ def _mixed_grads(
     params = tree.promote(params)
 
     def one(example: PyTree) -> PyTree:
-        return jax.jacfwd(partial(_input_gradient, objective, example, wrt))(params)
+        mixed, value = jax.jacfwd(partial(_input_gradient, objective, example, wrt), has_aux=True)(params)
+        return spoilt(mixed, value)
 
     input_size = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(get_field(batch, wrt, "wrt")))
     return map_over(one, batch, chunk=chunk or chunk_for(tree.size(params) * input_size))
@@ -264,17 +291,22 @@ def _mixed_product(
 
     def one(example: PyTree) -> PyTree:
         def along(vector: PyTree) -> PyTree:
-            return directional(partial(_input_gradient, objective, example, wrt), params, vector)[1]
+            slope = partial(_input_gradient, objective, example, wrt)
+            (_, value), (product, _) = directional(slope, params, vector)
+            return spoilt(product, value)
 
         return map_rows(along, vectors, rhs_chunk)
 
     return map_over(one, batch, chunk=chunk)
 
 
-def _input_gradient(objective: Objective | LossOnly, example: PyTree, wrt: str | int, params: PyTree) -> PyTree:
-    """Gradient of the loss in a part of the example, float32 or wider."""
+def _input_gradient(
+    objective: Objective | LossOnly, example: PyTree, wrt: str | int, params: PyTree
+) -> tuple[PyTree, Array]:
+    """Gradient of the loss in a part of the example, float32 or wider, and the loss."""
     start = tree.promote(get_field(example, wrt, "wrt"))
-    return jax.grad(lambda x: objective(params, replace_field(example, wrt, x)))(start)
+    value, slope = jax.value_and_grad(lambda x: objective(params, replace_field(example, wrt, x)))(start)
+    return slope, value
 
 
 def matching(params: PyTree, vectors: PyTree) -> tuple[PyTree, PyTree]:

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import overload
+
+import jax
+import jax.numpy as jnp
 
 from . import _reprs, tree
 from ._memory import explain_memory_errors
 from ._mesh import compiled
 from ._pytree import dataclass, set_field, static
+from ._sound import Seen, Watch, finite_gradients, look, number
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_positive, map_chunks
 from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
 from .curvature import Identity, LinearOperator
 from .curvature.outputs import require_split
-from .gradients import _per_example_grads, check_wrt
+from .gradients import _per_example_grads, check_wrt, finite_rows
 from .objective import LossOnly, Objective, as_objective, on_block
 from .scoring import (
     InfluenceMode,
@@ -36,7 +40,7 @@ from .scoring import (
     perturbed,
     top_k,
 )
-from .solvers import Info, Inverse, report, rows_at_once, solve_with_info
+from .solvers import Info, Inverse, all_converged, report, rows_at_once, solve_with_info
 
 
 @explain_memory_errors(
@@ -126,12 +130,34 @@ class Influence:
         query, train, mode = as_batch(query, "query"), as_batch(train, "train"), as_mode(mode)
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
-            return self._perturbed(self._solved(query), train, wrt)
-        if tree.count(train) < tree.count(query) and self.inverse.symmetric and not self.inverse.on_host:
+        scores = self._scores(query, train, mode, wrt)
+        self._tell([scores], query, train)
+        return scores
+
+    def _scores(self, query: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
+        """Compute `influences`, and warn about solves only."""
+        fewer = tree.count(train) < tree.count(query) and self.inverse.symmetric and not self.inverse.on_host
+        if fewer and mode is InfluenceMode.Up:
             scores, info = _up_from_train(self, query, train)
-            report(info, self.inverse, self.throw)
+            self._report(info, as_objective(self.objective), train)
             return scores
-        return _up(self, self._solved(query), train)
+        return self._from_factors(self._solved(query), train, mode, wrt)
+
+    def _tell(self, scores: Sequence[PyTree], query: PyTree | None, train: PyTree) -> None:
+        """Warn about losses that are not finite behind scores, leaves `(Q, N, ...)`; those of blocks together."""
+        for watch, batch, axis in ((self.query_watch(), query, 0), (self.train_watch(), train, 1)):
+            if batch is not None:
+                watch.batch(look(scores, axis), batch)
+                watch.warn()
+
+    def query_watch(self, made: str = "scores") -> Watch:
+        """Watch what is asked of queries; `made` says what comes of it."""
+        noun = "loss" if self.measurement is None else "measurement"
+        return Watch(self.asked, self.params, "query", noun=noun, made=made)
+
+    def train_watch(self, name: str = "train") -> Watch:
+        """Watch the losses of training examples, the argument `name`."""
+        return Watch(as_objective(self.objective), self.params, name)
 
     def influence_factors(self, query: PyTree) -> PyTree:
         r"""Factors $P\,\nabla f_q$: one solve per query, reusable against any training data.
@@ -142,12 +168,23 @@ class Influence:
         Returns:
           Tree like the parameters, leaves `(Q, *leaf)`, float32 or wider.
         """
-        return self._solved(as_batch(query, "query"))
+        query = as_batch(query, "query")
+        factors = self._solved(query)
+        self._tell_factors(factors, query)
+        return factors
+
+    def _tell_factors(self, factors: PyTree, query: PyTree) -> None:
+        watch = self.query_watch("factors")
+        watch.batch(look_at_factors(factors), query)
+        watch.warn()
 
     def _solved(self, query: PyTree) -> PyTree:
         factors, info = self.solved(query)
-        report(info, self.inverse, self.throw)
+        self._report(info, self.asked, query)
         return factors
+
+    def _report(self, info: Info | None, losses: Objective | LossOnly, batch: PyTree) -> None:
+        report_sound(info, self.inverse, self.throw, losses, self.params, batch)
 
     def solved(self, query: PyTree) -> tuple[PyTree, Info | None]:
         """`influence_factors` of `query`, and how the solves went instead of warnings."""
@@ -186,12 +223,15 @@ class Influence:
             factors = join_whole(factors, self.params)
         tree.check_stack(factors, self.params, "factors")
         train, mode = as_batch(train, "train"), as_mode(mode)
+        if mode is InfluenceMode.Perturbation:
+            check_wrt(train, wrt)
+        scores = self._from_factors(factors, train, mode, wrt)
+        self._tell([scores], None, train)
+        return scores
+
+    def _from_factors(self, factors: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
         if mode is InfluenceMode.Up:
             return _up(self, factors, train)
-        check_wrt(train, wrt)
-        return self._perturbed(factors, train, wrt)
-
-    def _perturbed(self, factors: PyTree, train: PyTree, wrt: str | int) -> PyTree:
         return perturbed(as_objective(self.objective), self.params, factors, train, wrt, self.chunk, self.rhs_chunk)
 
     @property
@@ -210,6 +250,11 @@ class Influence:
           ValueError: If there is no block of that name.
         """
         if name not in self._parts:
+            if self.block_names == ("",):
+                raise ValueError(
+                    f"name: got {name!r}, but this inverse has no blocks; make one that has, by Blockwise(solver) or "
+                    "of ekfac, or pass blocks= to influences_by_block"
+                )
             raise ValueError(f"name: got {name!r}, expected one of the blocks {list(self.block_names)}")
         part = self._parts[name]
         if part is self.inverse:
@@ -236,11 +281,17 @@ class Influence:
         Raises:
           TypeError, ValueError: If `blocks` is not a partition of the parameters.
         """
+        query = as_batch(query, "query")
+        factors = self._factors_by_block(query, blocks)
+        self._tell_factors(list(factors.values()), query)
+        return factors
+
+    def _factors_by_block(self, query: PyTree, blocks: Blocks | None) -> OrderedDict[str, PyTree]:
         if blocks is None:
             parts = {name: self.block(name) for name in self.block_names}
             leaves = {name: tuple(leaf for leaf, _ in tree.named_leaves(part.params)) for name, part in parts.items()}
-            return OrderedDict((n, select(part.influence_factors(query), leaves[n])) for n, part in parts.items())
-        factors, groups = self.influence_factors(query), partition(self.params, blocks)
+            return OrderedDict((n, select(part._solved(query), leaves[n])) for n, part in parts.items())
+        factors, groups = self._solved(query), partition(self.params, blocks)
         return OrderedDict((name, select(factors, block)) for name, block in groups.items())
 
     def influences_from_factors_by_block(
@@ -262,9 +313,21 @@ class Influence:
           ValueError: As `influences_from_factors`.
         """
         join_whole(factors, self.params)
+        train, mode = as_batch(train, "train"), as_mode(mode)
+        scores = self._from_factors_by_block(factors, train, mode, wrt)
+        self._tell(list(scores.values()), None, train)
+        return scores
+
+    def _from_factors_by_block(
+        self, factors: Mapping[str, PyTree], train: PyTree, mode: InfluenceMode, wrt: str | int
+    ) -> OrderedDict[str, PyTree]:
+        if mode is InfluenceMode.Perturbation:
+            check_wrt(train, wrt)
+        parts = {name: self._on(tuple(part)) for name, part in factors.items()}
+        for name, part in parts.items():
+            tree.check_stack(dict(factors[name]), part.params, "factors")
         return OrderedDict(
-            (name, self._on(tuple(part)).influences_from_factors(dict(part), train, mode, wrt=wrt))
-            for name, part in factors.items()
+            (name, part._from_factors(dict(factors[name]), train, mode, wrt)) for name, part in parts.items()
         )
 
     def influences_by_block(
@@ -285,11 +348,15 @@ class Influence:
         Raises:
           TypeError, ValueError: As `influences`, or if `blocks` is not a partition of the parameters.
         """
-        mode = as_mode(mode)
+        query, train, mode = as_batch(query, "query"), as_batch(train, "train"), as_mode(mode)
+        if mode is InfluenceMode.Perturbation:
+            check_wrt(train, wrt)
         if blocks is None:
-            return OrderedDict((n, self.block(n).influences(query, train, mode, wrt=wrt)) for n in self.block_names)
-        factors = self.influence_factors_by_block(query, blocks=blocks)
-        return self.influences_from_factors_by_block(factors, train, mode, wrt=wrt)
+            scores = OrderedDict((n, self.block(n)._scores(query, train, mode, wrt)) for n in self.block_names)
+        else:
+            scores = self._from_factors_by_block(self._factors_by_block(query, blocks), train, mode, wrt)
+        self._tell(list(scores.values()), query, train)
+        return scores
 
     def self_influences(self, batch: PyTree) -> Array:
         r"""Influence of each example on itself, $\nabla\ell_i^\top P \nabla\ell_i$; high for mislabelled examples.
@@ -300,8 +367,16 @@ class Influence:
         Returns:
           `(N,)`.
         """
-        values, info = self_solved(self, as_batch(batch, "batch"))
-        report(info, self.inverse, self.throw)
+        batch = as_batch(batch, "batch")
+        values = self._self_influences(batch)
+        watch = self.train_watch("batch")
+        watch.batch(look(values, 0), batch)
+        watch.warn()
+        return values
+
+    def _self_influences(self, batch: PyTree) -> Array:
+        values, info = self_solved(self, batch)
+        self._report(info, as_objective(self.objective), batch)
         return values
 
     def token_influences(self, query: PyTree, train: PyTree) -> Array:
@@ -324,7 +399,9 @@ class Influence:
         query, train = as_batch(query, "query"), as_batch(train, "train")
         objective = require_split(as_objective(self.objective), "token_influences")
         check_positions(objective, self.params, train)
-        return by_position(objective, self.params, self._solved(query), train, self.chunk, self.rhs_chunk)
+        scores = by_position(objective, self.params, self._solved(query), train, self.chunk, self.rhs_chunk)
+        self._tell([scores], query, train)
+        return scores
 
     def top_k(self, query: PyTree, train: PyTree, k: int) -> TopK:
         """The k most helpful training examples of each query; negate scores for the most harmful.
@@ -349,7 +426,15 @@ class Influence:
         if k > tree.count(train):
             raise ValueError(f"k: got {k}, expected between 1 and {tree.count(train)}, the number of training examples")
         objective, factors = as_objective(self.objective), self._solved(query)
-        return top_k(objective, self.params, factors, train, int(k), self.chunk, self.rhs_chunk)
+        best, unsound = top_k(objective, self.params, factors, train, int(k), self.chunk, self.rhs_chunk)
+        seen = look(best.values, 0)
+        for watch, batch, found in (
+            (self.query_watch(), query, seen),
+            (self.train_watch(), train, seen._replace(unsound=number(unsound))),
+        ):
+            watch.batch(found, batch)
+            watch.warn()
+        return best
 
     def __repr__(self) -> str:
         asked = "" if self.measurement is None else f"measurement={self.measurement!r}"
@@ -363,7 +448,13 @@ def _factors(influence: Influence, query: PyTree) -> tuple[PyTree, Info | None]:
 
 @compiled
 def _query_grads(influence: Influence, query: PyTree) -> PyTree:
-    return tree.promote(_per_example_grads(influence.asked, influence.params, query, influence.chunk))
+    return _whole(_per_example_grads(influence.asked, influence.params, query, influence.chunk))
+
+
+def _whole(grads: PyTree) -> PyTree:
+    """Turn gradients that are not finite somewhere into NaN everywhere: nothing can be solved for them."""
+    grads = tree.promote(grads)
+    return tree.where_rows(finite_rows(grads), grads, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads))
 
 
 @compiled
@@ -375,10 +466,30 @@ def _up(influence: Influence, factors: PyTree, train: PyTree) -> Array:
 @compiled
 def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[Array, Info | None]:
     """Solve for the training examples, which are fewer than the queries; P is self-adjoint."""
-    grads = _per_example_grads(influence.objective, influence.params, train, influence.chunk)
-    factors, info = solve_with_info(influence.inverse, tree.promote(grads))
+    grads = _whole(_per_example_grads(influence.objective, influence.params, train, influence.chunk))
+    factors, info = solve_with_info(influence.inverse, grads)
     chunks = influence.chunk, influence.rhs_chunk
     return inner_products(influence.asked, influence.params, factors, query, *chunks), info
+
+
+def look_at_factors(factors: PyTree) -> Seen:
+    """Look at factors by their smallest leaf, for a row is NaN everywhere if it is anywhere."""
+    return look(min(jax.tree.leaves(factors), key=lambda x: x.size), 0)._replace(flat=False)
+
+
+def report_sound(
+    info: Info | None,
+    inverse: LinearOperator,
+    throw: bool,
+    losses: Objective | LossOnly,
+    params: PyTree,
+    batch: PyTree,
+) -> None:
+    """Warn or raise about solves that did not converge, but for examples whose gradients are not finite."""
+    if info is None or isinstance(info.converged, jax.core.Tracer) or all_converged(info):
+        return
+    sound = finite_gradients(losses, params, batch)
+    report(info._replace(converged=info.converged | ~sound), inverse, throw)
 
 
 def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
@@ -393,8 +504,8 @@ def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None
 @compiled
 def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
     def one_chunk(part: PyTree) -> tuple[Array, Info | None]:
-        grads = _per_example_grads(influence.objective, influence.params, part)
-        solved, info = solve_with_info(influence.inverse, tree.promote(grads))
-        return tree.dots(solved, tree.promote(grads)), info
+        grads = _whole(_per_example_grads(influence.objective, influence.params, part))
+        solved, info = solve_with_info(influence.inverse, grads)
+        return tree.dots(solved, grads), info
 
     return map_chunks(one_chunk, batch, chunk=influence.chunk or rows_at_once(influence.inverse))

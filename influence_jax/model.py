@@ -104,11 +104,10 @@ class InfluenceFunctionModel:
           A fitted model; this one is unchanged.
 
         Raises:
-          ValueError: If data or parameters hold NaN or infinity, or the objective fails on an example of such shapes.
+          ValueError: If parameters or losses are NaN or infinite, or the objective fails on an example of such shapes.
         """
         data = as_batch(_labelled(data, "data"), "data")
         check_finite(self.params, "params")
-        check_finite(data, "data")
         _check_loss(as_objective(self.objective), self.params, data)
         op = self.curvature(self.objective, self.params, data)
         solver = self.solver if self.blocks is full else Blockwise(self.solver, self.blocks)

@@ -16,7 +16,7 @@ from ._mesh import compiled
 from ._typing import Array, PyTree
 from .batching import chunk_for, chunk_in_cache, map_chunks, map_over, map_rows, scan_chunks
 from .capture import arrange, held_entries, layer_factors, products
-from .gradients import _jacobian_product, _mixed_product, directional, matching
+from .gradients import _jacobian_product, _mixed_product, directional, matching, spoilt
 from .objective import LossOnly, Objective, floating_output
 
 # Up to this many factors, forward-mode passes are the cheaper way.
@@ -76,7 +76,7 @@ def inner_products(
     cotangents are contracted with all factors; gradients are formed of single layers at most, where that is less work.
     """
     if tree.count(factors) <= DIRECTIONAL:
-        return _jacobian_product(objective, params, batch, factors, chunk, rhs_chunk)
+        return _finite_or_nan(_jacobian_product(objective, params, batch, factors, chunk, rhs_chunk))
     wide = tree.promote(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     plan, layers = arrange(objective, wide, example)
@@ -84,7 +84,7 @@ def inner_products(
     vectors = [layer.matrix(leaves) for layer in layers]
 
     def one_chunk(part: PyTree) -> Array:
-        found = layer_factors(plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype))
+        found = layer_factors(plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype), lambda loss, _: loss)
         parts = [products(layer, f, v) for layer, f, v in zip(layers, found, vectors, strict=True)]
         return sum(parts[1:], parts[0])
 
@@ -92,7 +92,12 @@ def inner_products(
     largest = max(held_entries(plan, layer, vectors=queries) for layer in layers)
     held = sum(held_entries(plan, layer) for layer in layers)
     fits = min(chunk_in_cache(held, wanted=queries), chunk_for(held + largest))
-    return map_chunks(one_chunk, batch, chunk=chunk or fits)
+    return _finite_or_nan(map_chunks(one_chunk, batch, chunk=chunk or fits))
+
+
+def _finite_or_nan(scores: Array) -> Array:
+    """Turn scores of gradients that are infinite somewhere, by which they may be infinite or NaN, into NaN."""
+    return scores * jnp.where(jnp.isfinite(scores), 1, jnp.nan).astype(scores.dtype)
 
 
 @partial(compiled, static_argnames=("wrt", "chunk", "rhs_chunk"))
@@ -130,11 +135,13 @@ def by_position(
     params, factors = matching(params, tree.promote(factors))
 
     def one(example: PyTree) -> Array:
-        slope = jax.grad(lambda out: objective.cost(out, example))(floating_output(objective, params, example))
+        out = floating_output(objective, params, example)
+        value, slope = jax.value_and_grad(lambda out: objective.cost(out, example))(out)
 
         def along(vector: PyTree) -> Array:
             tangent = directional(lambda p: floating_output(objective, p, example), params, vector)[1]
-            return jnp.sum(tree.promote(slope) * tree.promote(tangent), axis=-1)
+            by_row = jnp.sum(tree.promote(slope) * tree.promote(tangent), axis=-1)
+            return _finite_or_nan(spoilt(by_row, value))
 
         return map_rows(along, factors, rhs_chunk)
 
@@ -150,16 +157,19 @@ def top_k(
     k: int,
     chunk: int | None,
     rhs_chunk: int | None,
-) -> TopK:
-    """The k largest inner products of each factor, merged chunk by chunk."""
+) -> tuple[TopK, Array]:
+    """The k largest inner products of each factor, merged chunk by chunk, and how many examples have no finite one."""
     total, queries = tree.count(batch), tree.count(factors)
 
-    def merge(best: Best, part: PyTree, indices: Array) -> Best:
+    def merge(carry: tuple[Best, Array], part: PyTree, indices: Array) -> tuple[Best, Array]:
         scores = inner_products(objective, params, factors, part, chunk, rhs_chunk).T
-        return merge_best(best, scores, indices, indices >= total)
+        unsound = jnp.all(jnp.isnan(scores), axis=0) & (indices < total)
+        return merge_best(carry[0], scores, indices, indices >= total), carry[1] + jnp.sum(unsound, dtype=jnp.int32)
 
     dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
-    return scan_chunks(merge, Best.none(queries, k, dtype), batch, chunk=chunk).top_k()
+    start = Best.none(queries, k, dtype), jnp.zeros((), jnp.int32)
+    best, unsound = scan_chunks(merge, start, batch, chunk=chunk)
+    return best.top_k(), unsound
 
 
 class Best(NamedTuple):

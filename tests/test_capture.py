@@ -45,7 +45,7 @@ def rebuilt(objective, params, data, vectors):
     """Losses, gradients `(N, *leaf)` and inner products with vectors `(N, Q)`, from captured factors."""
     plan, layers = arrange(objective, params, first(data))
     losses = jax.vmap(lambda z: capture(plan, params, z).output)(data)
-    factors = layer_factors(plan, layers, params, data, lambda loss, _: jnp.ones(1, loss.dtype))
+    factors = layer_factors(plan, layers, params, data, lambda loss, _: jnp.ones(1, loss.dtype), lambda loss, _: loss)
     space = dict(tree.named_leaves(params))
     grads = summed(la.leaves(gradient(la, f)[:, 0], space) for la, f in zip(layers, factors, strict=True))
     leaves = dict(tree.named_leaves(vectors))

@@ -24,7 +24,7 @@ LAYERS = [
     ["tree", "_words"],
     ["batching", "blocks"],
     ["objective"],
-    ["adapters", "gradients"],
+    ["adapters", "gradients", "_sound"],
     [
         "capture.views",
         "capture.rules",
@@ -53,6 +53,7 @@ LAYERS = [
         "curvature.parts",
         "curvature.exact",
         "curvature.fisher",
+        "curvature.losses",
         "curvature.per_example",
         "curvature.assembled",
         "curvature.kronecker",

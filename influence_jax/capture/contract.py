@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from .. import tree
 from .._typing import Array, PyTree
 from ..batching import each
+from ..gradients import spoilt
 from .analysis import Plan
 from .layers import Layer
 from .run import capture
@@ -59,8 +60,12 @@ def layer_factors(
     params: PyTree,
     batch: PyTree,
     cotangents: Callable[[PyTree, PyTree], PyTree],
+    loss: Callable[[PyTree, PyTree], Array],
 ) -> list[LayerFactors]:
-    """Run a batch, leaves `(B, ...)`, and pull back `cotangents(output, example)`, leaves `(K, *output)`."""
+    """Run a batch, leaves `(B, ...)`, and pull back `cotangents(output, example)`, leaves `(K, *output)`.
+
+    Where `loss(output, example)` is not finite, what is pulled back is NaN.
+    """
     needed = {layer.kernel for layer in layers if layer.of_entries} | {
         name for layer in layers if layer.live for name in layer.names
     }
@@ -72,7 +77,8 @@ def layer_factors(
         found = {plan.names[index]: gradient for index, gradient in live.items()}
         count = tree.count(outputs) if outputs else tree.count(live) if live else 1
         zero = lambda name: jnp.zeros((count, *shapes[name].shape), tree.accumulation_dtype(shapes[name].dtype))
-        return captured.inputs, outputs, {name: found[name] if name in found else zero(name) for name in needed}
+        live = {name: found[name] if name in found else zero(name) for name in needed}
+        return captured.inputs, *spoilt((outputs, live), loss(captured.output, example))
 
     inputs, outputs, live = each(one, batch, params) if needed else jax.vmap(one, (0, None))(batch, params)
     return [_of_layer(layer, inputs, outputs, live) for layer in layers]

@@ -1,12 +1,13 @@
 """Curvature as linear operators on parameter-shaped trees."""
 
-from . import algebra as algebra, assembled as assembled, per_example as per_example
+from . import algebra as algebra, assembled as assembled, losses as losses, per_example as per_example
 from .blocked import diagonal_blocks as diagonal_blocks, shifted as shifted
 from .capabilities import (
     Restricted as Restricted,
     Root as Root,
     Spectral as Spectral,
     Unsupported as Unsupported,
+    check_losses as check_losses,
     diagonal as diagonal,
     minibatch as minibatch,
     restrict as restrict,

@@ -18,7 +18,7 @@ from .._typing import Array, PyTree
 from ..batching import CHUNK_BUDGET
 from ..capture import Layer, LayerFactors, Plan, arrange, einsum, layer_factors
 from ..objective import floating_output
-from .capabilities import symmetric, to_dense
+from .capabilities import check_losses, symmetric, to_dense
 from .exact import GGN, divide, sum_over_data
 from .outputs import cost_hessian
 from .per_example import dense_by_rows
@@ -26,6 +26,7 @@ from .per_example import dense_by_rows
 
 @to_dense.register
 def _(op: GGN) -> Array:
+    check_losses(op)
     dense = _assembled(op)
     return dense_by_rows(op) if dense is None else dense
 
@@ -41,7 +42,8 @@ def _assembled(op: GGN) -> Array | None:
     outputs = tree.size(plan.output)
 
     def chunk_sum(batch: PyTree, weights: Array) -> list[list[Array]]:
-        factors = layer_factors(plan, layers, params, batch, lambda out, _: tree.unflatten(jnp.eye(outputs), out))
+        identity = lambda out, _: tree.unflatten(jnp.eye(outputs), out)
+        factors = layer_factors(plan, layers, params, batch, identity, op.split.cost)
         hessians = jax.vmap(lambda z: cost_hessian(op.split, floating_output(op.split, params, z), z))(batch)
         return [[_block(f, g, hessians, weights) for g in factors[: k + 1]] for k, f in enumerate(factors)]
 

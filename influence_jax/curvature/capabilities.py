@@ -278,10 +278,24 @@ def trace_by_products(op: LinearOperator, key: Key | None) -> Array:
     return _hutchinson_trace(op, key)
 
 
+@singledispatch
+def check_losses(op: Any) -> None:
+    """Raise, on the host, if a loss in an operator's data is not finite; of another operator look at its parts.
+
+    Raises:
+      ValueError: Saying how many, and which is the first.
+    """
+    is_part = lambda x: isinstance(x, LinearOperator) and x is not op
+    for part in jax.tree.leaves(op, is_leaf=is_part):
+        if isinstance(part, LinearOperator) and part is not op:
+            check_losses(part)
+
+
 def checked(op: Any) -> LinearOperator:
-    """The operator, if it is one."""
+    """The operator, if it is one, and its losses are finite."""
     if not isinstance(op, LinearOperator):
         raise Unsupported(f"op: got a {type(op).__name__}, expected a LinearOperator")
+    check_losses(op)
     return op
 
 

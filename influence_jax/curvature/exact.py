@@ -21,8 +21,8 @@ from .. import _reprs, blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
-from ..batching import DEFAULT_CHUNK, as_batch, check_chunk, map_rows, sum_over, take
-from ..gradients import directional, matching
+from ..batching import DEFAULT_CHUNK, Spare, as_batch, check_chunk, map_rows, sum_over, take
+from ..gradients import all_or_nan, directional, matching
 from ..objective import LossOnly, Objective, as_objective, floating_output, on_block
 from .capabilities import minibatch, restrict, sums, wide_dtype
 from .layout import Layout, constrain, layout_of
@@ -127,7 +127,9 @@ class Hessian(OverData):
     """
 
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
-        return directional(jax.grad(partial(_weighted_loss, self, batch, weights)), params, v)[1]
+        slope = jax.grad(partial(_weighted_loss, self, batch, weights), has_aux=True)
+        (_, factor), (product, _) = directional(slope, params, v)
+        return tree.scale(factor, product)
 
 
 @dataclass
@@ -171,11 +173,13 @@ class GGN(OverData):
         def outputs(p: PyTree) -> PyTree:
             return jax.vmap(partial(floating_output, self.split, p))(batch)
 
-        def cost(out: PyTree) -> Array:
-            return _weighted_sum(jax.vmap(self.split.cost)(out, batch), weights)
+        def cost(out: PyTree) -> tuple[Array, Array]:
+            losses = jax.vmap(self.split.cost)(out, batch)
+            return _weighted_sum(losses, weights), all_or_nan(losses)
 
         out, tangent = directional(outputs, params, v)
-        return jax.vjp(outputs, params)[1](jax.jvp(jax.grad(cost), (out,), (tangent,))[1])[0]
+        (_, factor), (curved, _) = jax.jvp(jax.grad(cost, has_aux=True), (out,), (tangent,))
+        return tree.scale(factor, jax.vjp(outputs, params)[1](curved)[0])
 
 
 @dataclass
@@ -213,7 +217,8 @@ class EmpiricalFisher(OverData):
             return jax.vmap(partial(self.loss, p))(batch)
 
         values, tangent = directional(losses, params, v)
-        return jax.vjp(losses, params)[1](tangent * weights.astype(values.dtype))[0]
+        product = jax.vjp(losses, params)[1](tangent * weights.astype(values.dtype))[0]
+        return tree.scale(all_or_nan(values), product)
 
 
 def _as_weights(weights: Array | np.ndarray, op: OverData) -> Array:
@@ -240,8 +245,9 @@ def _weighted_sum(losses: Array, weights: Array) -> Array:
     return jnp.sum(losses.astype(dtype) * weights.astype(dtype))
 
 
-def _weighted_loss(op: OverData, batch: PyTree, weights: Array, params: PyTree) -> Array:
-    return _weighted_sum(jax.vmap(partial(op.loss, params))(batch), weights)
+def _weighted_loss(op: OverData, batch: PyTree, weights: Array, params: PyTree) -> tuple[Array, Array]:
+    losses = jax.vmap(partial(op.loss, params))(batch)
+    return _weighted_sum(losses, weights), all_or_nan(losses)
 
 
 def sum_over_data(
@@ -252,6 +258,18 @@ def sum_over_data(
     weights = cast(Array | None, op.weights)
     summed, weight = sum_over(fn, op.data, weights, chunk=chunk, dtype=wide_dtype(op.params))
     return summed, weight if op.total is None else op.total.astype(weight.dtype)
+
+
+def weighed(op: OverData) -> tuple[tuple[PyTree, Array | None], Callable[[tuple[PyTree, Array | None]], PyTree]]:
+    """Return data with weights, for mapping over chunks, and what makes the examples of a chunk of it.
+
+    An example of weight zero is another one there, which has weight, whatever it holds.
+    """
+    if op.weights is None:
+        return (op.data, None), lambda part: part[0]
+    weights = jnp.asarray(op.weights)
+    spare = Spare.of(op.data, weights)
+    return (op.data, weights), lambda part: spare.instead(*part)
 
 
 def divide(summed: PyTree, weight: Array) -> PyTree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from .._words import ask
 from ..batching import batch_size, check_key, check_positive
-from ..gradients import directional
+from ..gradients import all_or_nan, directional
 from ..objective import Objective, as_objective, floating_output
 from .exact import OverData
 from .outputs import cost_hessian, flat_output, require_split, square_root
@@ -80,6 +81,10 @@ class Fisher(OverData):
     def psd(self) -> bool:
         return True
 
+    def loss(self, params: PyTree, example: Keyed) -> Array:
+        """The loss of one example at `params`, with its own label."""
+        return self.split(params, example.example)
+
     def rows(self, at: PyTree, example: Keyed) -> Callable[[PyTree], Array]:
         r"""$\theta \mapsto u_{is}^\top \mathrm{predict}(\theta) / \sqrt S$, `(S,)`, labels drawn at parameters `at`.
 
@@ -107,7 +112,8 @@ class Fisher(OverData):
             return jax.vmap(self._project, (0, None, 0))(cotangents, p, batch)
 
         values, tangent = directional(rows, params, v)
-        return jax.vjp(rows, params)[1](tangent * weights.astype(values.dtype)[:, None])[0]
+        product = jax.vjp(rows, params)[1](tangent * weights.astype(values.dtype)[:, None])[0]
+        return tree.scale(all_or_nan(jax.vmap(partial(self.loss, params))(batch)), product)
 
 
 def drawn_cotangents(objective: Objective, out: PyTree, example: Keyed, samples: int) -> Array:

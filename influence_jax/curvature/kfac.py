@@ -16,6 +16,7 @@ from .._typing import Array, Key, LossFunction, PyTree
 from ..batching import as_batch, check_finite, check_key, check_positive
 from ..capture import MAX_SIDE
 from ..objective import Objective, as_objective
+from .capabilities import check_losses
 from .exact import EmpiricalFisher
 from .fisher import Keyed
 from .kronecker import Kronecker
@@ -168,8 +169,9 @@ def keyed_fisher(
 
 def _checked_fit(op: EmpiricalFisher, recipe: Recipe, *, eigenvalues: bool) -> Kronecker:
     check_finite(op.params, "params")
-    check_finite(op.data.example, "data")
     curvature, leaks = _fit(op, recipe, eigenvalues)
+    if not _finite(curvature):
+        check_losses(op)
     curvature = _agreeing(curvature, leaks)
     check_fitted(curvature, recipe)
     return curvature

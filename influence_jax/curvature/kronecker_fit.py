@@ -86,7 +86,7 @@ class _Captured:
     def factors(self, batch: Keyed) -> list[tuple[Layer, LayerFactors, list[Array | None]]]:
         """Every layer, inputs and output cotangents of its uses, and which of their positions count."""
         pull = lambda out, z: _cotangents(self.objective, self.recipe.labels, out, z)
-        found = layer_factors(self.plan, self.layers, self.params, batch, pull)
+        found = layer_factors(self.plan, self.layers, self.params, batch, pull, partial(_loss, self.objective))
         return list(zip(self.layers, found, counted(self.masks, batch.example), strict=True))
 
 
@@ -143,6 +143,11 @@ def _cotangents(objective: Objective | LossOnly, labels: str, out: PyTree, examp
         return tree.unflatten(drawn_cotangents(objective, out, example, samples=1), out)
     instead = "pass labels='sampled', with a sample function for outputs of several axes, or labels='empirical'"
     return tree.unflatten(vector_square_root(objective, out, example.example, instead).T, out)
+
+
+def _loss(objective: Objective | LossOnly, out: PyTree, example: Keyed) -> Array:
+    """Return the loss of one example, from what is captured."""
+    return out if isinstance(objective, LossOnly) else objective.cost(out, example.example)
 
 
 def _eigenbasis(layer: Layer, sums: dict[str, tuple[Array, Array, Array]]) -> KroneckerLayer:

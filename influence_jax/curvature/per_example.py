@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from .. import tree
 from .._mesh import compiled
 from .._typing import Array, Key, PyTree
-from ..batching import chunk_for, each, map_over, sum_over
-from ..gradients import directional
+from ..batching import chunk_for, each, map_chunks, sum_over
+from ..gradients import all_or_nan, directional, spoilt
 from .capabilities import (
     Root,
+    check_losses,
     dense_by_products,
     diagonal,
     diagonal_by_products,
@@ -29,7 +30,7 @@ from .capabilities import (
     trace_by_products,
     wide_dtype,
 )
-from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data, without_data
+from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data, weighed, without_data
 from .fisher import Fisher
 from .outputs import flat_output, output_hessian, square_root
 
@@ -55,9 +56,9 @@ def _factors(op: OverData, batch: PyTree) -> tuple[PyTree, PyTree]:
 
 def _factors_of_one(op: OverData, params: PyTree, example: PyTree) -> tuple[PyTree, PyTree]:
     if isinstance(op, GGN):
-        jacobian = _jacobian(lambda p: flat_output(op.split, p, example), params)
+        jacobian = spoilt(_jacobian(lambda p: flat_output(op.split, p, example), params), op.loss(params, example))
         return jacobian, tree.combine(output_hessian(op.split, params, example), jacobian)
-    jacobian = _jacobian(_root_rows(op, params, example), params)
+    jacobian = spoilt(_jacobian(_root_rows(op, params, example), params), op.loss(params, example))
     return jacobian, jacobian
 
 
@@ -96,6 +97,7 @@ def _assembled_diagonal(op: OverData, rows: int) -> PyTree:
 @to_dense.register(Fisher)
 def dense_by_rows(op: OverData) -> Array:
     """The matrix from all examples' factors, or if these have too many rows, from products."""
+    check_losses(op)
     rows = row_count(op)
     return _assembled_dense(op, rows) if rows <= MAX_ROWS else symmetric(dense_by_products(op))
 
@@ -104,6 +106,7 @@ def dense_by_rows(op: OverData) -> Array:
 @diagonal.register(EmpiricalFisher)
 @diagonal.register(Fisher)
 def _(op: OverData) -> PyTree:
+    check_losses(op)
     rows = row_count(op)
     if rows <= max(MAX_ROWS, op.size):
         return _assembled_diagonal(op, rows)
@@ -114,6 +117,7 @@ def _(op: OverData) -> PyTree:
 @trace.register(EmpiricalFisher)
 @trace.register(Fisher)
 def _(op: OverData, *, key: Key | None = None) -> Array:
+    check_losses(op)
     rows = row_count(op)
     if rows <= MAX_ROWS or (key is None and rows <= op.size):
         entries = _assembled_diagonal(op, rows)
@@ -142,7 +146,10 @@ def _root_rows(op: OverData, params: PyTree, example: PyTree) -> Callable[[PyTre
 
 def root_factors(op: OverData, batch: PyTree) -> PyTree:
     """$R_i$ of every example of a chunk, a stack with leaves `(B * C, *leaf)`."""
-    one = lambda example, losses, params: _jacobian(_root_rows(losses, params, example), params)
+
+    def one(example: PyTree, losses: OverData, params: PyTree) -> PyTree:
+        return spoilt(_jacobian(_root_rows(losses, params, example), params), losses.loss(params, example))
+
     factors = each(one, batch, without_data(op), tree.promote(op.params))
     return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), factors)
 
@@ -151,20 +158,32 @@ def root_factors(op: OverData, batch: PyTree) -> PyTree:
 def _root_apply(op: OverData, v: PyTree) -> Array:
     params = tree.promote(op.params)
     vector = tree.cast_like(v, params)
-    return map_over(lambda z: directional(_root_rows(op, params, z), params, vector)[1], op.data, chunk=op.chunk)
+    data, examples = weighed(op)
+
+    def one(example: PyTree) -> Array:
+        along = directional(_root_rows(op, params, example), params, vector)[1]
+        return spoilt(along, op.loss(params, example))
+
+    def one_chunk(part: tuple[PyTree, Array | None]) -> Array:
+        rows = jax.vmap(one)(examples(part))
+        return rows if part[1] is None else rows * (part[1] != 0).astype(rows.dtype)[:, None]
+
+    return map_chunks(one_chunk, data, chunk=op.chunk)
 
 
 @compiled
 def _root_transpose(op: OverData, u: Array) -> PyTree:
     params = tree.promote(op.params)
+    data, examples = weighed(op)
 
-    def chunk_sum(part: tuple[PyTree, Array], mask: Array) -> PyTree:
-        batch, coefficients = part
+    def chunk_sum(part: tuple[tuple[PyTree, Array | None], Array], mask: Array) -> PyTree:
+        (_, weights), coefficients = part
+        batch, mask = examples(part[0]), mask if weights is None else jnp.where(weights != 0, mask, 0)
 
         def total(p: PyTree) -> Array:
             rows = jax.vmap(lambda z: _root_rows(op, params, z)(p))(batch)
             return jnp.sum(rows * (mask[:, None] * coefficients).astype(rows.dtype))
 
-        return jax.grad(total)(params)
+        return tree.scale(all_or_nan(jax.vmap(partial(op.loss, params))(batch)), jax.grad(total)(params))
 
-    return sum_over(chunk_sum, (op.data, u), chunk=op.chunk, dtype=u.dtype)[0]
+    return sum_over(chunk_sum, (data, u), chunk=op.chunk, dtype=u.dtype)[0]

@@ -16,7 +16,7 @@ from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import check_key, check_positive
-from .capabilities import wide_dtype
+from .capabilities import check_losses, wide_dtype
 from .layout import Layout, constrain
 from .loops import fori_loop
 from .operator import LinearOperator
@@ -248,6 +248,7 @@ def spectrum(op: LinearOperator, steps: int = 60, *, key: Key, probes: int = 1) 
     check_positive(steps, "steps")
     check_positive(probes, "probes")
     check_key(key, "spectrum starts from random vectors")
+    check_losses(op)
     steps, keys = min(steps, op.size), jax.random.split(key, probes)
     if op.on_host:
         found = [_probe(op, steps, key) for key in keys]

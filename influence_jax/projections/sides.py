@@ -51,7 +51,9 @@ class TwoSided(Projection):
         formed = [_forming_is_less(plan, layer, *pair) for layer, pair in zip(layers, sides, strict=True)]
 
         def one_chunk(part: PyTree) -> Array:
-            found = layer_factors(plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype))
+            found = layer_factors(
+                plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype), lambda loss, _: loss
+            )
             return joined(
                 [
                     self._of_matrix(place, gradient(layer, f)[:, 0])

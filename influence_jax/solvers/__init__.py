@@ -11,6 +11,7 @@ from .info import (
     ConvergenceError as ConvergenceError,
     ConvergenceWarning as ConvergenceWarning,
     Info as Info,
+    all_converged as all_converged,
     report as report,
 )
 from .lissa import LiSSA as LiSSA

@@ -17,7 +17,7 @@ from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import check_key
 from ..blocks import Block, select
-from ..curvature import LinearOperator
+from ..curvature import LinearOperator, check_losses
 from ..curvature.loops import refuse_tracing
 from ..curvature.operator import Scaled, Sum
 from .damping import RelativeDamping, check_damping, check_resolved, damped_product
@@ -244,6 +244,11 @@ class Inverse(LinearOperator):
         return _reprs.call(self, repr(self.op), repr(self.solver), blocks)
 
 
+@check_losses.register
+def _(op: Inverse) -> None:
+    """Look at nothing: `invert` has."""
+
+
 def check_solver(solver: object) -> None:
     """Raise unless it is a solver, and not its class."""
     if not isinstance(solver, Solver) or isinstance(solver, type):
@@ -282,6 +287,8 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
     check_solver(solver)
     if key is not None:
         check_key(key, "solvers and dampings may draw random numbers")
+    if not op.on_host:  # what reads a loader looks at the losses as it goes
+        check_losses(op)
     state = solver.init(op, key=key) if op.on_host else _init(solver, op, key)
     check_resolved(solver, state, op)
     return Inverse(op, solver, state)

@@ -130,7 +130,7 @@ class ConvergenceError(RuntimeError):
 
 def report(info: Info | None, inverse: LinearOperator, throw: bool) -> None:
     """Warn or raise, on the host, about solves that did not converge; silent under tracing."""
-    if info is None or isinstance(info.converged, jax.core.Tracer) or _all(info.converged):
+    if info is None or isinstance(info.converged, jax.core.Tracer) or all_converged(info):
         return
     message = f"{describe_failure(info, inverse)}; inverse.solve_many reports each"
     if throw:
@@ -138,8 +138,9 @@ def report(info: Info | None, inverse: LinearOperator, throw: bool) -> None:
     warnings.warn(message, ConvergenceWarning, stacklevel=levels_inside())
 
 
-def _all(converged: Array) -> bool:
-    """By numpy, which compiles nothing; where some are on the devices of other processes, by a program of all."""
+def all_converged(info: Info) -> bool:
+    """Ask numpy, which compiles nothing; where some are on the devices of other processes, a program of all."""
+    converged = info.converged
     return bool(np.all(np.asarray(converged) if getattr(converged, "is_fully_addressable", True) else converged))
 
 

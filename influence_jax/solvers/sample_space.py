@@ -14,7 +14,7 @@ from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, map_chunks, sum_over
 from ..curvature import LinearOperator, root
-from ..curvature.exact import OverData
+from ..curvature.exact import OverData, weighed
 from ..curvature.per_example import root_factors, row_count
 from .base import Solver, implicit_solve
 from .damping import RelativeDamping, check_damping, damped_product, needs_damping, redamp, resolve_damping
@@ -93,34 +93,37 @@ def _chunk(op: OverData) -> int:
 def _kernel(op: OverData) -> Array:
     r"""$R R^\top$, `(M, M)`; rows are computed again for every pair of chunks."""
     rows = row_count(op)
+    data, examples = weighed(op)
 
-    def against(left: PyTree, batch: PyTree) -> Array:
-        return tree.gram(root_factors(op, batch), left).reshape(tree.count(batch), rows, -1)
+    def against(left: PyTree, part: PyTree) -> Array:
+        return tree.gram(root_factors(op, examples(part)), left).reshape(tree.count(part), rows, -1)
 
-    def strip(batch: PyTree) -> Array:
-        products = map_chunks(partial(against, root_factors(op, batch)), op.data, chunk=_chunk(op))  # (N, C, B * C)
-        return products.reshape(op.count * rows, -1).T.reshape(tree.count(batch), rows, -1)
+    def strip(part: PyTree) -> Array:
+        left = root_factors(op, examples(part))
+        products = map_chunks(partial(against, left), data, chunk=_chunk(op))  # (N, C, B * C)
+        return products.reshape(op.count * rows, -1).T.reshape(tree.count(part), rows, -1)
 
-    return map_chunks(strip, op.data, chunk=_chunk(op)).reshape(op.count * rows, -1)
+    return map_chunks(strip, data, chunk=_chunk(op)).reshape(op.count * rows, -1)
 
 
 def _solve(state: SampleSpaceState, B: PyTree) -> tuple[PyTree, Info]:
     op, rows, chunk = state.op, row_count(state.op), _chunk(state.op)
     weights, vectors = _root_weights(op), state.vectors
+    data, examples = weighed(op)
 
-    def images(batch: PyTree) -> Array:
-        return tree.gram(root_factors(op, batch), B).reshape(tree.count(batch), rows, -1)
+    def images(part: PyTree) -> Array:
+        return tree.gram(root_factors(op, examples(part)), B).reshape(tree.count(part), rows, -1)
 
     def back(part: tuple[PyTree, Array], mask: Array) -> PyTree:
-        batch, coefficients = part
+        batch, coefficients = examples(part[0]), part[1]
         coefficients = (coefficients * mask[:, None, None]).reshape(-1, coefficients.shape[-1])
         return tree.combine(coefficients.T, root_factors(op, batch))
 
-    image = weights[:, None] * map_chunks(images, op.data, chunk=chunk).reshape(op.count * rows, -1)
+    image = weights[:, None] * map_chunks(images, data, chunk=chunk).reshape(op.count * rows, -1)
     damping = state.damping.astype(image.dtype)
     inner = jnp.matmul(vectors.T, image, precision=tree.HIGHEST) / (state.values + damping)[:, None]
     inner = weights[:, None] * jnp.matmul(vectors, inner, precision=tree.HIGHEST)
-    inside, _ = sum_over(back, (op.data, inner.reshape(op.count, rows, -1)), chunk=chunk, dtype=image.dtype)
+    inside, _ = sum_over(back, (data, inner.reshape(op.count, rows, -1)), chunk=chunk, dtype=image.dtype)
     X = jax.tree.map(lambda b, r: ((b - r) / damping).astype(b.dtype), B, inside)
     norm = tree.norms(B)
     tolerance = jnp.full_like(norm, jnp.finfo(norm.dtype).eps ** 0.5)

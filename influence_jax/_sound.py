@@ -1,0 +1,240 @@
+"""Losses and gradients that are not finite: told on the host, by count and by the first example.
+
+Passes over the data turn what comes of such a loss into NaN.  Where NaN comes out, and only there, the losses are
+computed once more to say which they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _reprs, tree
+from ._mesh import compiled
+from ._typing import Array, PyTree
+from ._words import levels_inside
+from .batching import chunk_for, map_chunks, map_over, readable_in_place
+from .gradients import finite_rows, grads_of_chunk
+from .objective import LossOnly, Objective
+
+ADVICE = (
+    "look at the labels (from 0 to C - 1? padding that is not masked?), and for logarithms, roots and quotients of zero"
+)
+
+
+class LossWarning(UserWarning):
+    """Losses or gradients of some examples are NaN or infinite, and so their scores are NaN.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> influence = ij.Influence(lambda p, z: jnp.log(z) * p["w"], p := {"w": jnp.array(1.0)}, ij.Identity(p))
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     influence.influences(jnp.array([1.0]), jnp.array([1.0, 0.0]))
+      Array([[ 0., nan]], dtype=float...)
+      >>> caught[0].category is ij.LossWarning
+      True
+    """
+
+
+class Unsound(NamedTuple):
+    """Examples whose loss, or gradient, is not finite.
+
+    Attributes:
+      losses: How many losses are not finite.
+      gradients: How many gradients are not finite though the loss is.
+      first: Place of the first of them, and its loss.
+      flat: How many gradients are exactly zero.
+      examples: Out of how many.
+    """
+
+    losses: int = 0
+    gradients: int = 0
+    first: tuple[int, float] | None = None
+    flat: int = 0
+    examples: int = 0
+
+    def then(self, more: Unsound) -> Unsound:
+        """Add those of further examples."""
+        counts = (self.losses + more.losses, self.gradients + more.gradients)
+        return Unsound(*counts, self.first or more.first, self.flat + more.flat, self.examples + more.examples)
+
+    def describe(self, what: str, noun: str = "loss") -> str:
+        """Say how many there are, and which is the first."""
+        place, loss = self.first or (0, 0.0)
+        which = noun if self.losses else f"gradient of the {noun}"
+        also = f", and the gradient of {self.gradients:,} more" if self.losses and self.gradients else ""
+        told = f"{noun} {loss:.3g}" if np.isfinite(loss) else f"{loss:.3g}"
+        bad, examples = self.losses or self.gradients, _reprs.counted(self.examples, "example")
+        return (
+            f"{what}: the {which} of {bad:,} of {examples} is NaN or infinite{also}, the first example {place} ({told})"
+        )
+
+
+def find(
+    objective: Objective | LossOnly,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    counted: Array | np.ndarray | None = None,
+    start: int = 0,
+    expected: int = 0,
+) -> Unsound:
+    """Look at the loss of every example of a batch, and at the gradient if that does not explain enough.
+
+    Args:
+      objective: The loss.
+      params: Leaves `(*leaf)`.
+      batch: Leaves `(N, ...)`.
+      counted: Which of them count, `(N,)` bool; all if None.
+      start: Place of the first of them in the whole data.
+      expected: How many are to be explained.
+    """
+    counted = np.ones(tree.count(batch), bool) if counted is None else counted
+    losses, first, loss, examples = (x.item() for x in _losses(objective, params, batch, counted))
+    found = Unsound(losses, 0, (start + first, loss) if losses else None, 0, examples)
+    if losses >= expected:
+        return found
+    undefined, place, value, flat = (x.item() for x in _gradients(objective, params, batch, counted))
+    if undefined and (not losses or place < first):
+        found = found._replace(first=(start + place, value))
+    return found._replace(gradients=undefined, flat=flat)
+
+
+@compiled
+def _losses(objective: Objective | LossOnly, params: PyTree, batch: PyTree, counted: Array) -> tuple[Array, ...]:
+    """Count losses that are not finite; the first one's place, the loss there, and how many there are in all."""
+    losses = map_over(partial(objective, tree.promote(params)), batch)
+    bad = ~jnp.isfinite(losses) & counted
+    first = jnp.argmax(bad)
+    return jnp.sum(bad), first, losses[first], jnp.sum(counted)
+
+
+@compiled
+def _gradients(objective: Objective | LossOnly, params: PyTree, batch: PyTree, counted: Array) -> tuple[Array, ...]:
+    """Count gradients that are not finite though the loss is; the first, its loss; and gradients that are zero."""
+    params = tree.promote(params)
+
+    def one_chunk(part: PyTree) -> tuple[Array, Array, Array]:
+        losses = jax.vmap(partial(objective, params))(part)
+        grads = grads_of_chunk(objective, params, part)
+        return losses, finite_rows(grads), tree.norms(grads) == 0
+
+    losses, finite, flat = map_chunks(one_chunk, batch, chunk=chunk_for(tree.size(params)))
+    bad = ~finite & jnp.isfinite(losses) & counted
+    first = jnp.argmax(bad)
+    return jnp.sum(bad), first, losses[first], jnp.sum(flat & counted)
+
+
+@compiled
+def finite_gradients(objective: Objective | LossOnly, params: PyTree, batch: PyTree) -> Array:
+    """Tell of which examples the gradient is finite, `(N,)`."""
+    of_chunk = lambda part: finite_rows(grads_of_chunk(objective, tree.promote(params), part))
+    return map_chunks(of_chunk, batch, chunk=chunk_for(tree.size(params)))
+
+
+class Seen(NamedTuple):
+    """What is to be seen of scores without knowing where they come from.
+
+    Attributes:
+      unsound: For how many examples no score is finite.
+      flat: Whether all scores are exactly zero.
+    """
+
+    unsound: int
+    flat: bool
+
+
+def look(scores: PyTree, axis: int) -> Seen:
+    """Look at scores of examples along an axis, on the host."""
+    leaves = jax.tree.leaves(scores)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return Seen(0, False)
+    if all(not isinstance(leaf, jax.Array) or readable_in_place(leaf) for leaf in leaves):
+        return Seen(*(x.item() for x in _look(np, [np.asarray(leaf) for leaf in leaves], axis)))
+    return Seen(*(x.item() for x in _look_on_device(leaves, axis)))
+
+
+def _look(numpy: Any, leaves: list[Any], axis: int) -> tuple[Any, Any]:
+    """Look with numpy, which compiles nothing, or with its namesake in JAX."""
+    others = lambda x: tuple(i for i in range(x.ndim) if i != axis)
+    finite = [numpy.any(numpy.isfinite(x), axis=others(x)) for x in leaves]
+    flat = [numpy.all(x == 0) for x in leaves]
+    return numpy.sum(~numpy.any(numpy.stack(finite), axis=0)), numpy.all(numpy.stack(flat))
+
+
+_look_on_device = partial(compiled, static_argnames="axis")(lambda leaves, axis: _look(jnp, leaves, axis))
+
+
+def number(count: Array) -> int:
+    """Read a count on the host; zero where it is traced."""
+    return 0 if isinstance(count, jax.core.Tracer) else int(count)
+
+
+class Watch:
+    """The losses behind scores: what is found out about them over all batches of a call, for one warning at its end.
+
+    Args:
+      objective: The loss, or the measurement.
+      params: Leaves `(*leaf)`.
+      name: Of the argument that the examples are in.
+      noun: What the objective gives.
+      made: What is made of it.
+    """
+
+    def __init__(
+        self,
+        objective: Objective | LossOnly,
+        params: PyTree,
+        name: str,
+        *,
+        noun: str = "loss",
+        made: str = "scores",
+    ) -> None:
+        self.objective, self.params, self.name, self.noun, self.made = objective, params, name, noun, made
+        self.found, self.flat = Unsound(), True
+
+    def batch(self, seen: Seen, batch: PyTree, start: int = 0, count: int | None = None) -> None:
+        """Find out why there are no finite scores for some examples of a batch, if that is so.
+
+        Args:
+          seen: Of the scores.
+          batch: Leaves `(N, ...)`.
+          start: Place of the first example in the whole data.
+          count: How many of the rows are examples; all if None.
+        """
+        rows = tree.count(batch)
+        count = rows if count is None else count
+        more = Unsound(examples=count)
+        if seen.unsound or (seen.flat and self.flat):
+            counted = np.arange(rows) < count
+            expected = count if seen.flat else seen.unsound
+            more = find(self.objective, self.params, batch, counted=counted, start=start, expected=expected)
+        self.flat &= more.flat == count
+        self.found = self.found.then(more)
+
+    def warn(self) -> None:
+        """Warn if there is something to tell."""
+        found, kind = self.found, f"{self.noun}{'es' if self.noun.endswith('s') else 's'}"
+        if found.first is not None:
+            message = f"{found.describe(self.name, self.noun)}; their {self.made} are NaN: {ADVICE}"
+        elif found.examples and found.flat == found.examples:
+            message = (
+                f"{self.name}: the gradient of all {found.examples:,} {kind} is exactly zero, and so are the "
+                f"{self.made}; a loss that counts or rounds, such as an accuracy, is not differentiable"
+            )
+        else:
+            return
+        warnings.warn(message, LossWarning, stacklevel=levels_inside())
+
+
+def refusal(found: Unsound, name: str) -> ValueError:
+    """Make the error that refuses a curvature, or scores to keep, for losses that are not finite."""
+    return ValueError(
+        f"{found.describe(name)}; expected finite losses: {ADVICE}, or leave these examples out, as a weight of zero does"
+    )

@@ -1,0 +1,31 @@
+"""Looking at the losses of an operator's data, before anything is made of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._sound import Unsound, find, refusal
+from .._typing import Array
+from ..objective import as_objective
+from .capabilities import check_losses
+from .exact import OverData
+from .fisher import Keyed
+from .parts import is_part
+
+
+def unsound(op: OverData, start: int = 0) -> Unsound:
+    """Look at the losses of examples that have weight; `start` is the place of the first in the whole data."""
+    data = op.data.example if isinstance(op.data, Keyed) else op.data
+    counted: Array | np.ndarray = np.ones(op.count, bool) if op.weights is None else jnp.asarray(op.weights) != 0
+    return find(as_objective(op.objective), op.params, data, counted=counted, start=start)
+
+
+@check_losses.register
+def _(op: OverData) -> None:
+    if is_part() or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(op)):
+        return
+    found = unsound(op)
+    if found.losses:
+        raise refusal(found, "data")
