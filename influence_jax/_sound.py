@@ -236,5 +236,5 @@ class Watch:
 def refusal(found: Unsound, name: str) -> ValueError:
     """Make the error that refuses a curvature, or scores to keep, for losses that are not finite."""
     return ValueError(
-        f"{found.describe(name)}; expected finite losses: {ADVICE}, or leave these examples out, as a weight of zero does"
+        f"{found.describe(name)}; expected finite losses: {ADVICE}; or leave them out, as a weight of zero does"
     )

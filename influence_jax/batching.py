@@ -413,18 +413,26 @@ def _nothing_yet(fn: Callable[[PyTree, Array], PyTree], batch: PyTree, weights: 
 
     @jax.custom_jvp
     def nothing(weights: Array, batch: PyTree, values: list[Any]) -> PyTree:
-        return zeros()
+        # vmap takes the tangents to be mapped only where the values are: so these depend on all that is mapped.
+        zero = functools.reduce(jnp.add, map(_sum_of_none, jax.tree.leaves((weights, batch, values))))
+        return jax.tree.map(lambda x: x + zero.astype(x.dtype), zeros())
 
     def rule(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
         weights, batch, values = primals
         if isinstance(tangents[0], SymbolicZero):
-            return zeros(), zeros()
+            return nothing(*primals), zeros()
         run = jaxpr_as_fun(ClosedJaxpr(opened(closed), values))
         summed = lambda w: jax.tree.structure(shapes).unflatten(run(*jax.tree.leaves(batch), w))
-        return zeros(), jax.jvp(summed, (weights,), (tangents[0],))[1]
+        return nothing(*primals), jax.jvp(summed, (weights,), (tangents[0],))[1]
 
     nothing.defjvp(rule, symbolic_zeros=True)
     return nothing(weights, batch, list(constants(closed)))
+
+
+def _sum_of_none(x: Array) -> Array:
+    """Sum up no entry of an array: a zero that depends on it, whatever it holds."""
+    entries = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x)
+    return jnp.sum(entries.reshape(-1)[:0].astype(jnp.float32))
 
 
 def map_chunks(

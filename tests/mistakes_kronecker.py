@@ -112,7 +112,7 @@ KRONECKER = [
         "NaN in data for K-FAC",
         lambda: ij.kfac(OBJECTIVE, PARAMS, ij.Batch(jnp.asarray(BATCH.x).at[0, 0].set(jnp.nan), BATCH.y)),
         ValueError,
-        ["data", "'x'", "NaN"],
+        ["data", "the loss of 1 of 9 examples", "the first example 0 (nan)", "labels", "weight of zero"],
     ),
     (
         "mask of a flat output",

@@ -160,7 +160,10 @@ class TestTopK:
     def test_not_a_number_comes_last_with_its_own_index(self, chunk):
         influence = ij.Influence(lambda p, z: OBJECTIVE(p, z), PARAMS, ij.Identity(PARAMS), chunk=chunk)
         poisoned = ij.Batch(jnp.asarray(TRAIN.x).at[4].set(jnp.nan), TRAIN.y)
-        top = influence.top_k(QUERY, poisoned, 17)
+        with pytest.warns(
+            ij.LossWarning, match=r"train: the loss of 1 of 17 examples is NaN .* first example 4 \(nan\)"
+        ):
+            top = influence.top_k(QUERY, poisoned, 17)
         assert top.indices[:, -1].tolist() == [4] * 6
         assert jnp.sort(top.indices, axis=1).tolist() == [list(range(17))] * 6
         assert bool(jnp.all(jnp.isnan(top.values[:, -1])) & jnp.all(jnp.isfinite(top.values[:, :-1])))
