@@ -17,7 +17,7 @@ from .curvature.outputs import require_split
 from .gradients import check_wrt
 from .influence import Influence, _factors, _query_grads, _self_influences, _up, _up_from_train
 from .objective import as_objective, replace_field
-from .scoring import DIRECTIONAL, by_position, check_positions
+from .scoring import DIRECTIONAL, InfluenceMode, by_position, check_positions
 from .stream.loaders import AHEAD
 
 METHODS = ("influences", "perturbation", "token_influences", "self_influences")
@@ -202,7 +202,7 @@ class Programs:
         if self.method == "influences":
             return _up(influence, factors, train)
         if self.method == "perturbation":
-            return influence._perturbed(factors, train, self.wrt)
+            return influence._from_factors(factors, train, InfluenceMode.Perturbation, self.wrt)
         objective = require_split(as_objective(influence.objective), self.method)
         check_positions(objective, influence.params, train)
         return by_position(objective, influence.params, factors, train, influence.chunk, influence.rhs_chunk)
