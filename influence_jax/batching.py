@@ -389,7 +389,7 @@ class Spare(NamedTuple):
         row = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=True), batch)
         return Spare(row, jnp.any(counts))
 
-    def instead(self, batch: PyTree, weights: Array | None) -> PyTree:
+    def instead(self, batch: PyTree, weights: Array) -> PyTree:
         """Put it in the place of every example of a chunk that has no weight."""
         counts = lambda x: (weights != 0).reshape((-1,) + (1,) * (x.ndim - 1))
         return jax.tree.map(lambda x, row: jnp.where(counts(x), x, row), batch, self.row)

@@ -269,7 +269,7 @@ def weighed(op: OverData) -> tuple[tuple[PyTree, Array | None], Callable[[tuple[
         return (op.data, None), lambda part: part[0]
     weights = jnp.asarray(op.weights)
     spare = Spare.of(op.data, weights)
-    return (op.data, weights), lambda part: spare.instead(*part)
+    return (op.data, weights), lambda part: spare.instead(part[0], jnp.asarray(part[1]))
 
 
 def divide(summed: PyTree, weight: Array) -> PyTree:
