@@ -121,13 +121,14 @@ print(f"{'ceiling of the seeds':30s}{ceiling:.3f}")
 best = max(bars, key=lambda name: float(bars[name][0]))
 chosen = int(np.argmax(np.std(outcomes.mean(axis=1), axis=0)))
 before = np.mean([measure(params)[chosen] for params in models])
-predicted = np.asarray(ij.metrics.predicted_changes(scores[best], masks))[:, chosen]
+asked = scores[best][chosen : chosen + 1]
+predicted = np.asarray(ij.metrics.predicted_changes(asked, masks))[:, 0]  # of training on the mean of a half
 actual = outcomes.mean(axis=1)[:, chosen] - before
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.9), layout="constrained", width_ratios=[1.5, 1])
 ax = ij.plot.lds_bars(bars, ceiling=ceiling, sort=True, ax=left)
 ax.set_xlabel("linear datamodeling score (higher is better; 95 % intervals over queries)")
 figure.suptitle("How well each method ranks what training on halves does to the loss, and one test image")
-ax = ij.plot.predicted_against_actual(predicted, actual, ax=right)
+ax = ij.plot.predicted_against_actual(asked, actual[:, None], masks=masks, ax=right)
 ax.set_title(f"{best}, a test digit {query.y[chosen]}\n{ax.get_title()}", fontsize="medium")
 figure.get_layout_engine().set(wspace=0.08)
 figure.savefig(args.picture, dpi=110)

@@ -172,7 +172,9 @@ def compute_influences_pert(
 ) -> PyTree:
     r"""Influence of perturbing every input example, $\partial_{x_i}\langle x_q, \nabla\ell_i\rangle$.
 
-    To first order in a change of the input; positive: more of that input helps the test example.
+    To first order in a change of the input; positive: more of that input helps the test example.  Moving the input by
+    $\delta$ lowers its loss by $\langle s, \delta\rangle / N$, if the factors are through the inverse curvature of the
+    mean loss over N examples.
 
     Args:
       objective: Loss of one example.

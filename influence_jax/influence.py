@@ -51,9 +51,11 @@ class Influence:
     r"""The interaction map between queries and training examples through an operator P.
 
     Scores have rows for queries and columns for training examples, $s_{qi} = \nabla f_q^\top P \nabla\ell_i$, in
-    float32 or wider.  Positive: training on example i lowers the loss of query q (helpful).  No factor 1/N: removing
-    example i changes the query's loss by about $s_{qi}/N$ when P inverts the curvature of the mean loss.  Solves that
-    do not converge are a `ConvergenceWarning`, except under tracing.
+    float32 or wider.  Positive: training on example i lowers the loss of query q (helpful).  No factor 1/N: where P
+    inverts the curvature of the mean loss, penalty included, one more unit of weight on example i changes the loss of
+    query q by about $-s_{qi}/N$ if the losses are summed and divided by N.  What leaving examples out does depends on
+    what the training then minimises, which `metrics.predicted_changes` is told.  Solves that do not converge are a
+    `ConvergenceWarning`, except under tracing.
 
     Args:
       objective: Loss of a training example: an `Objective` or a bare `f(params, example) -> scalar`.
@@ -118,6 +120,8 @@ class Influence:
           query: Leaves `(Q, ...)`.
           train: Leaves `(N, ...)`.
           mode: `"up"`: $\nabla f_q^\top P \nabla\ell_i$.  `"perturbation"`: its derivative in the input of example i.
+            Moving that input by $\delta$ and training again on the mean loss lowers the loss of query q by
+            $\langle s_{qi}, \delta\rangle / N$ to first order, so that positive is the direction that helps.
           wrt: The perturbed part of a training example: key, attribute or tuple index.
 
         Returns:
@@ -361,6 +365,9 @@ class Influence:
     def self_influences(self, batch: PyTree) -> Array:
         r"""Influence of each example on itself, $\nabla\ell_i^\top P \nabla\ell_i$; high for mislabelled examples.
 
+        Sign and unit are those of `influences`: one more unit of weight on example i lowers its own loss by about
+        $s_{ii}/N$ at the optimum of the sum over N.
+
         Args:
           batch: Leaves `(N, ...)`.
 
@@ -404,7 +411,10 @@ class Influence:
         return scores
 
     def top_k(self, query: PyTree, train: PyTree, k: int) -> TopK:
-        """The k most helpful training examples of each query; negate scores for the most harmful.
+        """The k most helpful training examples of each query.
+
+        The most harmful are the most helpful to what rises with the loss: those of an `Influence` with
+        `measurement=lambda params, z: -objective(params, z)`, whose values are the scores negated.
 
         Streams over the training data, so beyond the factors memory grows with `Q (k + chunk)`, not with `Q N`.  Ties
         go to the lower index.

@@ -36,7 +36,8 @@ from ._gallery import images, texts
 from ._typing import Array
 from .batching import check_positive
 from .curvature import Spectrum
-from .metrics import correlation
+from .metrics import correlation, predicted_changes
+from .metrics.checks import check_removal
 
 __all__ = [
     "damping_sweep",
@@ -51,6 +52,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# What `metrics.predicted_changes` computes, with m of the N examples left out.
+FORMULAS = {
+    "mean": r"$\sum_{\mathrm{left\ out}} (s_i - \bar{s})\;/\;(N - m)$",
+    "sum": r"$\sum_{\mathrm{left\ out}} s_i\;/\;N$",
+}
 
 
 def score_histogram(scores: Any, *, bins: int = 60, ax: Axes | None = None) -> Axes:
@@ -149,17 +156,23 @@ def lds_bars(
     return ax
 
 
-def predicted_against_actual(predicted: Any, actual: Any, *, ax: Axes | None = None) -> Axes:
+def predicted_against_actual(
+    predicted: Any, actual: Any, *, masks: Any = None, removal: str = "mean", ax: Axes | None = None
+) -> Axes:
     """Predicted changes against those that retraining brought, on equal scales, with the line where they agree.
 
     Args:
-      predicted: Changes of the query's loss, any shape: what `metrics.predicted_changes` returns, or scores over N for
-        leaving one example out.
-      actual: Losses after retraining without some examples, less those after training on all, of the same shape.
+      predicted: Changes of the query's loss, any shape: what `metrics.predicted_changes` returns.  Or scores `(Q, N)`,
+        with `masks`, of which it is then asked.
+      actual: Losses after retraining without some examples, less those after training on all, of the same shape;
+        `(S, Q)` with `masks`.
+      masks: `(S, N)`, true where the example is kept.
+      removal: With `masks`, which removal the scores predict, as for `metrics.predicted_changes`: `"mean"` for training
+        on the mean over what is left, as `retrain.training` does; `"sum"` for the sum, divided by the N of before.
       ax: Where to draw.
 
     Raises:
-      TypeError, ValueError: If the shapes differ, or a value is not finite.
+      TypeError, ValueError: If the shapes differ, or a value is not finite; as `metrics.predicted_changes`, if asked.
 
     Example:
       >>> from matplotlib.figure import Figure
@@ -167,6 +180,15 @@ def predicted_against_actual(predicted: Any, actual: Any, *, ax: Axes | None = N
       >>> ax.get_title()
       'Pearson 0.982, Spearman 1.000, n = 3'
     """
+    check_removal(removal)
+    label = "predicted change of the loss when left out"
+    if masks is not None:
+        predicted = predicted_changes(predicted, masks, removal=removal)
+        label = f"{label}\n{FORMULAS[removal]}"
+    elif removal != "mean":
+        raise ValueError(
+            f"removal: got {removal!r} without masks; pass scores (Q, N) and masks (S, N), or leave it out"
+        )
     predicted = numbers(predicted, "predicted")
     actual = numbers(actual, "actual", predicted.shape).ravel()
     predicted = predicted.ravel()
@@ -181,7 +203,7 @@ def predicted_against_actual(predicted: Any, actual: Any, *, ax: Axes | None = N
     ax.scatter(actual, predicted, s=20, color=BLUE, alpha=fade, linewidths=0, rasterized=len(actual) > 5000)
     ax.set_title(f"{_correlations(predicted, actual)}, n = {len(actual):,}", fontsize="medium")
     ax.set(xlim=limits, ylim=limits, aspect="equal")
-    ax.set(xlabel="actual change of the loss", ylabel="predicted change of the loss (positive: it rises)")
+    ax.set(xlabel="actual change of the loss when left out", ylabel=f"{label}, positive: it rises")
     ax.locator_params(nbins=7)
     ax.ticklabel_format(style="sci", scilimits=(-3, 4))
     ax.legend(loc="upper left")
@@ -192,8 +214,8 @@ def _correlations(predicted: np.ndarray, actual: np.ndarray) -> str:
     """Both kinds in words."""
     if len(actual) < 3 or np.ptp(predicted) == 0 or np.ptp(actual) == 0:
         return "correlation undefined"
-    x, y = (jnp.asarray(values, jnp.result_type(float)) for values in (predicted, actual))
-    return ", ".join(f"{name} {float(correlation(x, y, method=name.lower())):.3f}" for name in ("Pearson", "Spearman"))
+    found = {name: float(correlation(predicted, actual, method=name.lower())) for name in ("Pearson", "Spearman")}
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 
 def spectrum(

@@ -37,10 +37,11 @@ def influences(
     r"""Influence of every training example on every query, by differentiating the training itself.
 
     $s_{qi} = -W\, \partial f_q(\theta_T(w)) / \partial w_i$ with $W = \sum_j w_j$ and $\theta_T(w)$ what the training
-    returns.  Positive: training on example i lowers the loss of query q.  With weights of one, leaving example i out of
-    the training changes the query's loss by about $s_{qi}/N$, in which the other examples of its batches count more,
-    for a step minimises a mean: so every row sums to zero with the weights, and near the optimum it is the row that
-    influence functions give, less its mean.
+    returns.  Positive: training on example i lowers the loss of query q.  One more unit of weight on example i
+    changes the query's loss by $-s_{qi}/W$.  A step minimises a mean over the weights, so every row sums to zero with
+    them, and near the optimum it is the row that influence functions give, less its mean.  With weights of one, leaving
+    example i out changes the query's loss by about $s_{qi}/(N - 1)$, in which the other examples of its batches count
+    more; `metrics.predicted_changes` says so for any subset, with the default `removal="mean"`.
 
     Takes about twice the time of the training for each query, and memory that grows with the square root of the number
     of steps, beside four bytes for each example and epoch.  What a training returns is a pure function: for derivatives

@@ -153,6 +153,24 @@ MISTAKES = [
         ValueError,
         ["actual", "(3, 2)", "(2, 3)"],
     ),
+    (
+        "scores without masks",
+        lambda: plot.predicted_against_actual(np.ones((2, 3)), np.ones((2, 3)), removal="sum"),
+        ValueError,
+        ["removal", "'sum'", "without masks"],
+    ),
+    (
+        "removal unknown",
+        lambda: plot.predicted_against_actual(SCORES, SCORES, masks=SCORES, removal="all"),
+        ValueError,
+        ["removal", "'all'", "'mean'", "'sum'"],
+    ),
+    (
+        "masks of others",
+        lambda: plot.predicted_against_actual(np.ones((2, 3)), np.ones((4, 2)), masks=np.ones((4, 5))),
+        ValueError,
+        ["masks", "(4, 5)", "(4, 3)"],
+    ),
     ("no predictions", lambda: plot.predicted_against_actual([], []), ValueError, ["predicted", "no values"]),
     (
         "an operator",

@@ -81,6 +81,20 @@ class TestPredictedAgainstActual:
         pearson, spearman = stats.pearsonr(predicted, actual)[0], stats.spearmanr(predicted, actual)[0]
         assert ax.get_title() == f"Pearson {pearson:.3f}, Spearman {spearman:.3f}, n = 30"
 
+    @pytest.mark.parametrize("removal", ["mean", "sum"])
+    def test_of_scores_and_masks(self, removal):
+        """What they predict, with its formula on the axis."""
+        scores, masks, actual = RNG.normal(size=(3, 8)), ~np.eye(8, dtype=bool)[:5], RNG.normal(size=(5, 3))
+        masks[0, 2:5] = False
+        ax = plot.predicted_against_actual(scores, actual, masks=masks, removal=removal, ax=axes_of_a_figure())
+        predicted = np.asarray(ij.metrics.predicted_changes(scores, masks, removal=removal))
+        points = np.stack([actual.ravel(), predicted.ravel()], 1)
+        np.testing.assert_array_equal(ax.collections[0].get_offsets(), points)
+        assert ("(N - m)" in ax.get_ylabel()) == (removal == "mean")
+        assert ax.get_ylabel().startswith("predicted change of the loss when left out\n$")
+        assert "bar{s}" not in plot.predicted_against_actual([1.0], [1.0], ax=axes_of_a_figure()).get_ylabel()
+        drawn(ax)
+
     def test_in_single_precision(self, float32):
         ax = plot.predicted_against_actual(np.arange(5.0), np.arange(5.0) ** 3, ax=axes_of_a_figure())
         assert ax.get_title().endswith("Spearman 1.000, n = 5")

@@ -239,12 +239,14 @@ class TestUnrolled:
         assert relative_error(scores[:, 4], -weights.sum() * changes / h) < 1e-4
 
     def test_predicts_leaving_one_out(self):
-        """The sign and scale of the library: without example i, the loss changes by about score / N."""
+        """Sign and scale of the library; rows sum to zero, so that one example is worth its score over N - 1."""
         train = made("momentum", epochs=20, penalty=0.3, params=helpers.random_mlp(jax.random.key(0)))
         scores = np.asarray(unrolled.influences(train, QUERY, key=KEY))
         without = jax.vmap(train, (0, None))(~np.eye(COUNT, dtype=bool), KEY)
         changes = (np.asarray(jax.vmap(losses)(without)) - np.asarray(losses(train(ONES, KEY)))).T
-        assert relative_error(scores / COUNT, changes) < 0.3
+        predicted = ij.metrics.predicted_changes(scores, ~np.eye(COUNT, dtype=bool)).T
+        assert relative_error(predicted, scores / (COUNT - 1)) < 1e-9
+        assert relative_error(predicted, changes) < 0.3
         assert np.corrcoef(np.ravel(scores), np.ravel(changes))[0, 1] > 0.97
 
     def test_at_the_optimum_is_influence_less_its_mean(self):

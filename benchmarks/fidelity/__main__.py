@@ -4,8 +4,9 @@ Digits, 1000 training examples, 100 queries; a softmax regression trained to its
 64-32-10 trained by minibatches with ten seeds.  Ground truth by retraining: losses of all queries after training on 100
 random halves, and without one of 50 examples.  Of every method the linear datamodeling score (Spearman over the halves,
 of the mean over seeds) and the leave-one-out correlation (Pearson), means over queries with 95 % intervals by bootstrap
-over queries.  Dampings are chosen by the score on 50 other queries.  With `--peer`, the Python of an environment with
-torch, kronfluence and pyDVL, their scores of the same weights are held against the same outcomes.
+over queries.  What is compared is of one size, halves or all but one, so that both kinds of removal rank alike.
+Dampings are chosen by the score on 50 other queries.  With `--peer`, the Python of an environment with torch,
+kronfluence and pyDVL, their scores of the same weights are held against the same outcomes.
 """
 
 import argparse

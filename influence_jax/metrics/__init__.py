@@ -8,14 +8,18 @@ true where the example is kept; outcomes are `(S, Q)`, or `(S, K, Q)` with K see
 | Do scores predict training on subsets? | `lds`, and `lds_summary` with intervals |
 | Do they predict leaving out one example, or k? | `lds` with leave-one-out masks and `method="pearson"` |
 | What would a perfect method reach? | `seed_ceiling`, from `seed_agreement` |
-| What was predicted, to draw against what was measured? | `predicted_changes`, `correlation` |
+| What do they say that leaving examples out changes? | `predicted_changes`; `correlation` with what was measured |
 | What if the most helpful, or harmful, are removed? | `removal_masks`, then `own_outcomes`, `brittleness` |
 | Are mislabelled examples found? | `auc`, `precision_at_k`, `discovery_curve` |
 | Are the examples that state a fact found? | `recall_at_k`, `reciprocal_rank` |
 | Do methods, or runs, agree? | `top_k_overlap`, `rank_stability` |
 | How sure is any of these? | `bootstrap` |
 
-Numbers that are known when a function is called are checked; inside of `jit`, scores that are NaN give NaN.
+What leaving out does depends on what the training then minimises: `removal="mean"`, the default, is the mean over the
+examples that are left, as in `retrain.training`; `removal="sum"` their sum, divided by the N of before.
+
+Numbers that are known when a function is called are checked; inside of `jit`, scores that are NaN give NaN.  Measured
+numbers are only compared, so float64 is taken whether 64-bit mode is on or not.
 """
 
 from .intervals import (

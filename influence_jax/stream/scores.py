@@ -216,6 +216,8 @@ def top_k(
 ) -> TopK:
     """The k most helpful examples of a loader for each query; memory grows with `Q (k + batch)`, not with N.
 
+    The most harmful are those of an `Influence` with `measurement=lambda params, z: -objective(params, z)`.
+
     Args:
       influence: Objective, parameters and inverse.
       query: A batch, or a loader of batches of queries.
