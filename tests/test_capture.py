@@ -23,7 +23,7 @@ from zoo import (
 
 import influence_jax as ij
 from influence_jax import tree
-from influence_jax.capture import arrange, gradient, layer_factors, products
+from influence_jax.capture import arrange, gradient, layer_factors, layers, products
 from influence_jax.capture.run import capture
 
 
@@ -152,12 +152,13 @@ def test_coverage_says_what_it_is_about():
     assert details["dead"] == ("block", "2 x 2, exact; has no effect on the output")
 
 
-# Look-ups of whole matrices, tables of one column and of many, parts of a leaf that are treated differently, loops.
+# Look-ups of matrices, of rows of several axes, tables of one column and of many, parts treated differently.
 LOOKED_UP = plain(
     lambda p, z: (
-        jnp.einsum("td,tdh->th", z.x, p["experts"][z.y + jnp.arange(LENGTH)])
-        + p["table"][z.y + jnp.arange(LENGTH)]
-        + p["column"][z.y + jnp.arange(LENGTH)]
+        jnp.einsum("td,tdh->th", z.x, p["experts"][(n := z.y + jnp.arange(LENGTH))])
+        + p["table"][n]
+        + p["column"][n]
+        + p["wide"][n].reshape(LENGTH, -1)[:, ::8]
         + (z.x[:, :2] @ p["parts"][:2]) @ p["parts"][2:].T @ p["head"]
         + p["bias"][None]
     ),
@@ -165,6 +166,7 @@ LOOKED_UP = plain(
         "experts": normal(VOCABULARY, WIDTH, WIDTH, number=1),
         "table": normal(VOCABULARY, WIDTH, number=2),
         "column": normal(VOCABULARY, 1, number=3),
+        "wide": normal(VOCABULARY, 8, WIDTH, number=7),
         "parts": normal(2 + 3, 7, number=4),
         "head": normal(3, WIDTH, number=5),
         "bias": normal(WIDTH, number=6),
@@ -219,22 +221,91 @@ def test_coverage_is_what_is_fitted(name, max_side):
         assert covered.share(kind) == pytest.approx(size / sum(total.values()))
 
 
-def test_a_stack_of_experts_that_is_looked_up_is_a_diagonal():
-    """Each expert is one row: beyond the longest side nothing of it is factored, and nobody is told otherwise."""
+def test_rows_of_several_axes_beyond_the_longest_side_are_a_diagonal():
+    """A look-up whose rows no product takes for matrices; where products do, each is one."""
     objective, params, data = LOOKED_UP
     kinds = lambda **options: {la.name: la for la in ij.coverage(objective, params, first(data), **options).leaves}
-    assert kinds()["experts"][2:5:2] == ("matrix", "11 x 64; gather; 5 positions; own basis of its rows")
+    assert kinds()["wide"][2:5:2] == ("matrix", "11 x 64; gather; 5 positions; own basis of its rows")
     beyond = kinds(max_side=63)
-    assert beyond["experts"].details == "11 x 64; gather; 5 positions; own basis of its rows and columns"
+    assert beyond["wide"].details == "11 x 64; gather; 5 positions; own basis of its rows and columns"
+    assert beyond["experts"].details == "11 of 8 x 8; picked by number"
     assert {name: leaf.kind for name, leaf in beyond.items()} == {
         "bias": "block",
         "column": "diagonal",
-        "experts": "diagonal",
+        "experts": "matrix",
         "head": "matrix",
         "parts": "matrix",
         "table": "matrix",
+        "wide": "diagonal",
     }
-    assert ij.coverage(objective, params, first(data), max_side=63).share("diagonal") == pytest.approx(715 / 870)
+    share = ij.coverage(objective, params, first(data), max_side=63).share("diagonal")
+    assert share == pytest.approx((704 + 11) / (704 + 704 + 88 + 11 + 35 + 24 + 8))
+
+
+SIDE = 12  # of five experts, too large together for a block
+NUMBERS = jnp.array([0, 3, 3, 1, 4])
+
+
+def routed(p, z):
+    """The best two of five experts for each token, as a mixture does it."""
+    weight, index = jax.lax.top_k(jax.nn.softmax(z.x @ p["gate"]), 2)
+    return jnp.einsum("td,tkdh,tk->th", z.x, p["stack"][index], weight)
+
+
+STACKS = {
+    "routed": routed,
+    "mapped": lambda p, z: jax.vmap(lambda x, n: jnp.tanh(x @ p["stack"][n]))(z.x, NUMBERS) + z.x @ p["gate"][:, :1],
+    "looped": lambda p, z: jax.lax.fori_loop(1, 4, lambda i, h: jnp.tanh(h @ p["stack"][i]), z.x) @ p["gate"],
+    "outputs in front": lambda p, z: jnp.einsum("td,hd->th", z.x, jnp.take(p["stack"], z.y, axis=2)) @ p["gate"],
+    "at a table's rows": lambda p, z: (p["gate"][NUMBERS] @ p["gate"].T + z.x) @ p["stack"][z.y],
+}
+
+
+def stacked(way):
+    shape = (SIDE, SIDE, 5) if way == "outputs in front" else (5, SIDE, SIDE)
+    params = {"stack": normal(*shape, number=1), "gate": normal(SIDE, 5, number=2)}
+    if way == "at a table's rows":
+        params["gate"] = normal(SIDE, 7, number=2)
+    return plain(STACKS[way], params, classified(LENGTH, SIDE), squared)
+
+
+@pytest.mark.parametrize("way", STACKS)
+def test_matrices_picked_by_number(way, monkeypatch):
+    """Each is a matrix of its own: gradients, their second moments on both sides, and eigenvalues."""
+    monkeypatch.setattr(layers, "MAX_BLOCK", 500)
+    case = stacked(way)
+    covered = {leaf.name: leaf for leaf in ij.coverage(case.objective, case.params, first(case.data)).leaves}
+    assert covered["stack"].details == "5 of 12 x 12; picked by number"
+    check(case, 1e-12)
+    fitted = ij.ekfac(case.objective, case.params, case.data, labels="empirical")
+    (layer,) = (layer for layer in fitted.layers if layer.layer.kernel == "stack")
+    grads = np.asarray(differentiated(case.objective, case.params, case.data)[1]["stack"])
+    grads = np.moveaxis(grads, 3, 1).swapaxes(2, 3) if way == "outputs in front" else grads  # (N, 5, inputs, outputs)
+    for q, rows in ((layer.q_in, grads), (layer.q_out, grads.swapaxes(2, 3))):
+        moments = np.einsum("neij,nekj->eik", rows, rows)
+        turned = np.einsum("eia,eij,ejb->eab", q, moments, q)
+        assert np.abs(turned - np.einsum("eaa->ea", turned)[:, :, None] * np.eye(SIDE)).max() < 1e-12
+    rotated = np.einsum("eia,neij,ejb->neab", layer.q_in, grads, layer.q_out)
+    assert relative_error(layer.values, np.mean(rotated**2, axis=0)) < 1e-11
+
+
+NO_STACKS = {
+    "also summed": lambda p, z: z.x @ p["stack"][z.y] + jnp.sum(p["stack"]),
+    "from both sides": lambda p, z: jnp.tanh(z.x @ p["stack"][z.y]) @ p["stack"][z.y].T,
+    "entry by entry": lambda p, z: jnp.sum(p["stack"][NUMBERS] * z.x[:, :, None], axis=1),
+    "part of each": lambda p, z: z.x @ jax.lax.dynamic_slice(p["stack"], (z.y, 0, 0), (1, SIDE, 7))[0],
+    "two of them": lambda p, z: z.x @ jax.lax.dynamic_slice(p["stack"], (z.y, 0, 0), (2, SIDE, SIDE))[1],
+}
+
+
+@pytest.mark.parametrize("way", NO_STACKS)
+def test_other_uses_of_a_stack(way, monkeypatch):
+    """Nothing is told by the shape: what is also used otherwise is what it was."""
+    monkeypatch.setattr(layers, "MAX_BLOCK", 500)
+    case = plain(NO_STACKS[way], {"stack": normal(5, SIDE, SIDE, number=1)}, classified(LENGTH, SIDE), squared)
+    (leaf,) = ij.coverage(case.objective, case.params, first(case.data)).leaves
+    assert "picked" not in leaf.details
+    check(case, 1e-12)
 
 
 def test_overlapping_slices_are_taken_as_they_are():

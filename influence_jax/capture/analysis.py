@@ -23,6 +23,9 @@ from .._typing import PyTree
 from .rules import Linear, linear
 from .views import Scanned, View, numbered, view_steps
 
+# What takes entries of a leaf by number.
+PICKING = ("gather", "dynamic_slice")
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -38,6 +41,38 @@ class Output:
 
     use: int
     view: View
+
+
+@dataclasses.dataclass(frozen=True)
+class Picked:
+    """A variable that holds whole entries of one axis of a leaf, picked by number.
+
+    Attributes:
+      leaf: Place of the leaf.
+      stepped: How many of its first axes scans step through.
+      along: The axis that is picked from, counted behind those.
+      axes: Which axis of the leaf each of the variable's axes is, counted likewise; None for one of numbers.
+    """
+
+    leaf: int
+    stepped: int
+    along: int
+    axes: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """How a leaf is a stack of matrices, of which products take some by number.
+
+    Attributes:
+      stepped: How many of its first axes scans step through.
+      along: The axis of the stack, counted behind those.
+      inputs: The axes that products sum over, counted likewise; all others are outputs.
+    """
+
+    stepped: int
+    along: int
+    inputs: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -115,6 +150,7 @@ class Plan:
       names: Of the leaves.
       shapes: Of the leaves.
       output: Shapes of the function's output.
+      stacks: Leaves that are used as a stack of matrices picked by number, and in no other way.
     """
 
     node: Node
@@ -124,6 +160,7 @@ class Plan:
     names: tuple[str, ...]
     shapes: list[jax.ShapeDtypeStruct]
     output: PyTree
+    stacks: dict[int, Stack]
 
 
 def analyse(
@@ -149,10 +186,10 @@ def analyse(
     for tag in out:
         reader.mark(tag, "output")
     names = tuple(name for name, _ in tree.named_leaves(params))
-    return Plan(node, constants(jaxpr), reader.uses, reader.live, names, shapes, output)
+    return Plan(node, constants(jaxpr), reader.uses, reader.live, names, shapes, output, reader.stacks())
 
 
-Tag = Leaf | Output | None
+Tag = Leaf | Output | Picked | None
 
 
 class _Reader:
@@ -162,11 +199,22 @@ class _Reader:
         self.shapes, self.exact = shapes, exact
         self.uses: list[Use] = []
         self.live: dict[int, Live] = {}
+        self.picks: dict[int, set[Stack | None]] = {}  # what products see; None of any other sight of a leaf
+
+    def stacks(self) -> dict[int, Stack]:
+        """Leaves that are a stack of matrices wherever they are used."""
+        other = {use.leaf for use in self.uses if use.rule.kind != "gather"}
+        found = {leaf: next(iter(seen)) for leaf, seen in self.picks.items() if len(seen) == 1 and leaf not in other}
+        return {leaf: stack for leaf, stack in found.items() if stack is not None}
 
     def mark(self, tag: Tag, why: str) -> None:
         """A leaf is used in a way that no rule covers."""
+        if isinstance(tag, Picked):
+            self.picks[tag.leaf].add(None)
         if not isinstance(tag, Leaf):
             return
+        if why not in PICKING:
+            self.picks.setdefault(tag.leaf, set()).add(None)
         stepped = next(
             (n for n, step in enumerate(tag.view.steps) if not isinstance(step, Scanned)), len(tag.view.steps)
         )
@@ -188,7 +236,7 @@ class _Reader:
             pairs = zip(operands, equation.invars, strict=True)
             once = [None if isinstance(tag, Output) and read[v] > 1 else tag for tag, v in pairs]
             if any(tag is not None for tag in operands):
-                out = self._equation(node, place, equation, once, loops)
+                out = self._follow(node, place, equation, once, loops)
                 tags.update(zip(equation.outvars, out, strict=True))
         out = [look(v) for v in jaxpr.outvars]
         alone = [
@@ -196,13 +244,28 @@ class _Reader:
         ]
         return node, alone
 
+    def _follow(
+        self, node: Node, place: int, equation: Any, operands: list[Tag], loops: tuple[int, ...]
+    ) -> Sequence[Tag]:
+        """Follow what is picked from a leaf to the products that take it, and all else as `_equation` does."""
+        if called(equation) is None and any(isinstance(tag, Picked) for tag in operands):
+            if (seen := _seen(equation, operands[0])) is not None:
+                return [seen]
+            for index, tag in enumerate(operands):
+                if isinstance(tag, Picked):
+                    self.picks[tag.leaf].add(_as_stack(equation, tag, index, len(self.shapes[tag.leaf].shape)))
+            operands = [None if isinstance(tag, Picked) else tag for tag in operands]
+        out = self._equation(node, place, equation, operands, loops)
+        picked = self._picked(equation, operands[0])
+        return out if picked is None else [picked]
+
     def _equation(
         self, node: Node, place: int, equation: Any, operands: list[Tag], loops: tuple[int, ...]
     ) -> Sequence[Tag]:
         none: list[Tag] = [None] * len(equation.outvars)
         leaves = [index for index, tag in enumerate(operands) if isinstance(tag, Leaf)]
         steps = view_steps(equation)
-        if steps is not None and (tag := operands[0]) is not None:
+        if steps is not None and isinstance(tag := operands[0], Leaf | Output):
             if isinstance(tag, Leaf):
                 node.views.add(place)
             elif View(steps).repeats or View(steps).cuts or _recast(equation):
@@ -227,6 +290,25 @@ class _Reader:
         for index in leaves:
             self.mark(operands[index], equation.primitive.name)
         return none
+
+    def _picked(self, equation: Any, tag: Tag) -> Picked | None:
+        """Return what is picked by number: single entries of one axis, and everything along at least two others."""
+        if equation.primitive.name not in PICKING or not isinstance(tag, Leaf):
+            return None
+        shape, numbers = equation.invars[0].aval.shape, equation.params.get("dimension_numbers")
+        sizes, views = equation.params["slice_sizes"], tag.view.steps
+        along = [axis for axis, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
+        plain = len(along) == 1 and sizes[along[0]] == 1 and all(isinstance(step, Scanned) for step in views)
+        if len(shape) < 3 or not plain or (numbers is not None and numbers.operand_batching_dims):
+            self.picks.setdefault(tag.leaf, set()).add(None)
+            return None
+        axes: list[int | None] = list(range(len(shape)))
+        if numbers is not None:
+            kept = iter([axis for axis in axes if axis not in numbers.collapsed_slice_dims])
+            places = range(equation.outvars[0].aval.ndim)
+            axes = [next(kept) if place in numbers.offset_dims else None for place in places]
+        self.picks.setdefault(tag.leaf, set())
+        return Picked(tag.leaf, len(views), along[0], tuple(axes))
 
     def _scan(self, node: Node, place: int, equation: Any, operands: list[Tag], loops: tuple[int, ...]) -> None:
         constant, carried = scan_arity(equation)
@@ -281,6 +363,29 @@ class _Reader:
             return False
         use.bias = (tag.leaf, places)
         return True
+
+
+def _seen(equation: Any, tag: Tag) -> Picked | None:
+    """Return how an equation looks at picked entries; None if it does something else with them."""
+    name = equation.primitive.name
+    if not isinstance(tag, Picked) or name not in ("transpose", "squeeze", "convert_element_type", "copy"):
+        return None
+    axes = tag.axes
+    if name == "transpose":
+        axes = tuple(axes[axis] for axis in equation.params["permutation"])
+    elif name == "squeeze":
+        axes = tuple(axis for place, axis in enumerate(axes) if place not in equation.params["dimensions"])
+    return dataclasses.replace(tag, axes=axes)
+
+
+def _as_stack(equation: Any, tag: Picked, operand: int, ndim: int) -> Stack | None:
+    """Return the stack of matrices that a product sees, which sums over some of a matrix's axes and keeps others."""
+    if equation.primitive.name != "dot_general":
+        return None
+    contracted, batch = (sides[operand] for sides in equation.params["dimension_numbers"])
+    of = lambda places: {tag.axes[place] for place in places} - {None, tag.along}
+    inputs, outputs = of(contracted), set(range(ndim - tag.stepped)) - {tag.along} - of(contracted)
+    return Stack(tag.stepped, tag.along, tuple(sorted(inputs))) if inputs and outputs and not of(batch) else None
 
 
 def _recast(equation: Any) -> bool:

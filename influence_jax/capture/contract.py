@@ -241,7 +241,7 @@ def held_entries(plan: Plan, layer: Layer, *, cotangents: int = 1, vectors: int 
     size = layer.groups * layer.rows * layer.columns
     uses = [plan.uses[index] for index, _ in layer.uses] if not layer.of_entries else []
     positions = max([use.positions for use in uses], default=1)
-    held = layer.groups * positions * (layer.rows + cotangents * layer.columns) + size * layer.live
+    held = layer.groups * positions * (layer.rows + cotangents * layer.columns) + cotangents * size * layer.live
     if vectors:
         side = min(layer.rows, layer.columns)
         held += min(size, layer.groups * vectors * positions * side)

@@ -95,8 +95,7 @@ def coverage(
 
     A side longer than `max_side` keeps its own basis, and so do the numbers by which rows are looked up, whose second
     moment is diagonal; where both sides of a matrix do, what is left is a diagonal, and called so.  A stack of matrices
-    picked by `stack[index]` is a look-up like that of an embedding, whose rows are the whole matrices: write a product
-    with all of them, of which a mask takes those wanted, or a scan over the stack, to have each factored.
+    that products take by number, as experts or layers are by `stack[index]`, is a matrix for each.
 
     Args:
       objective: Objective, or a bare `f(params, example) -> scalar`.
@@ -175,15 +174,15 @@ def _described(plan: Plan, layer: Layer) -> _Part:
             return _Part("diagonal", size, f"{size:,} entries; {way}")
         return _Part("block", size, f"{many}{layer.columns} x {layer.columns}, exact; {way}")
     uses = [plan.uses[index] for index, _ in layer.uses]
-    positions = max(use.positions for use in uses)
+    positions = max([use.positions for use in uses], default=1)
     sides = (layer.rows, layer.columns)
     kept = [side for side, keeps in zip(("rows", "columns"), layer.own_basis, strict=True) if keeps]
     diagonal = bool(kept) and all(keeps or n == 1 for n, keeps in zip(sides, layer.own_basis, strict=True))
     parts = [
         many + f"{layer.rows} x {layer.columns}" + (" with its bias" if layer.bias else ""),
-        "tied: " * (len(uses) > 1) + ", ".join(use.rule.kind for use in uses),
+        "tied: " * (len(uses) > 1) + ", ".join(use.rule.kind for use in uses) if uses else "picked by number",
         f"{positions} positions" * (positions > 1),
         f"own basis of its {' and '.join(kept)}" * bool(kept),
-        f"also {ways.get(layer.kernel)}" * (layer.live and layer.kernel in ways),
+        f"also {ways.get(layer.kernel)}" * bool(uses and layer.live and layer.kernel in ways),
     ]
     return _Part("diagonal" if diagonal else "matrix", size, "; ".join(part for part in parts if part))

@@ -13,8 +13,8 @@ import numpy as np
 from .. import tree
 from .._typing import Array, PyTree
 from ..blocks import Block, by_layer
-from .analysis import Plan, Use, analyse
-from .views import Reshape, Shape, View, numbered
+from .analysis import Plan, Stack, Use, analyse
+from .views import Reshape, Shape, Transpose, View, numbered
 
 # Sides of a matrix longer than this keep their own basis: a dense one would take the square of it.
 MAX_SIDE = 4096
@@ -36,7 +36,8 @@ class Layer:
       view: From the leaf to `(*scanned, G, I, O)`.
       shape: That shape.
       bias: Name of the leaf that is the last row, and its entries' places there, `(G * O,)`.
-      uses: Where it is used, and whether with inputs and outputs exchanged.
+      uses: Where it is used, and whether with inputs and outputs exchanged; of a stack of matrices picked by number,
+        whose gradients are taken as they are, nowhere.
       live: Whether gradients come from elsewhere, too, for a leaf that is used as a matrix.
       own_basis: Whether the rows, and the columns, keep their own basis.
     """
@@ -105,9 +106,12 @@ def arrange(
     Leaves whose uses overlap without being the same matrix, or leave entries out, are taken as they are.
     """
     exact: frozenset[int] = frozenset()
+    stacks: dict[int, Stack] = {}
     while True:
         plan = analyse(fn, params, example, exact)
-        layers, unfit = _Arrangement(plan, max_side).layers()
+        if not exact:  # once their gradients are taken as they are, nothing tells what products made of them
+            stacks = {leaf: s for leaf, s in plan.stacks.items() if plan.shapes[leaf].size > min(MAX_BLOCK, max_side)}
+        layers, unfit = _Arrangement(plan, max_side, stacks).layers()
         if not unfit:
             return plan, layers
         exact |= unfit
@@ -133,8 +137,8 @@ def components(layers: Sequence[Layer]) -> OrderedDict[str, Block]:
 class _Arrangement:
     """Layers of a plan, and the leaves that do not fit into any."""
 
-    def __init__(self, plan: Plan, max_side: int) -> None:
-        self.plan, self.max_side = plan, max_side
+    def __init__(self, plan: Plan, max_side: int, stacks: Mapping[int, Stack]) -> None:
+        self.plan, self.max_side, self.stacks = plan, max_side, stacks
         self.unfit: set[int] = set()
         self.biased = Counter(use.bias[0] for use in plan.uses if use.bias is not None)
 
@@ -146,8 +150,8 @@ class _Arrangement:
         rows = {bias for layers in made.values() for layer in layers if layer.bias for bias in [layer.bias[0]]}
         for leaf, name in enumerate(self.plan.names):
             if leaf not in uses and name not in rows:
-                made[leaf] = [self._of_entries(leaf)]
-            elif leaf in uses and leaf in self.biased:
+                made[leaf] = [self._of_stack(leaf) if leaf in self.stacks else self._of_entries(leaf)]
+            elif leaf in uses and (leaf in self.biased or leaf in self.stacks):
                 self.unfit.add(leaf)
         in_order = tuple(layer for leaf in sorted(made) for layer in made[leaf])
         return in_order, frozenset(self.unfit)
@@ -159,6 +163,20 @@ class _Arrangement:
         whole = (*shape[:stepped], 1, math.prod(shape[stepped:]))
         own = (True, not 0 < whole[-1] <= min(MAX_BLOCK, self.max_side))
         return Layer(self.plan.names[leaf], View((Reshape(shape, whole),)), whole, own_basis=own)
+
+    def _of_stack(self, leaf: int) -> Layer:
+        """A leaf as one matrix for each entry of the axis that it is picked from."""
+        shape, stack = self.plan.shapes[leaf].shape, self.stacks[leaf]
+        behind = lambda axes: tuple(stack.stepped + axis for axis in axes)
+        inputs = behind(stack.inputs)
+        lead = (*range(stack.stepped), *behind((stack.along,)))
+        outputs = tuple(axis for axis in range(len(shape)) if axis not in lead + inputs)
+        size = lambda axes: math.prod(shape[axis] for axis in axes)
+        whole = (*(shape[axis] for axis in lead), size(inputs), size(outputs))
+        order = (*lead, *inputs, *outputs)
+        view = View((Transpose(order), Reshape(tuple(shape[axis] for axis in order), whole)))
+        own = (whole[-2] > self.max_side, whole[-1] > self.max_side)
+        return Layer(self.plan.names[leaf], view, whole, uses=(), live=True, own_basis=own)
 
     def _of_kernel(self, leaf: int, members: list[int]) -> list[Layer]:
         """The matrices that a leaf, or parts of it, are used as."""

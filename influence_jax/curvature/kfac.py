@@ -44,7 +44,8 @@ def kfac(
     $A = \frac1n\sum a a^\top$ over inputs and $S = \frac1n\sum s s^\top$ over output cotangents of the layer, both
     averaged over the n positions of all examples; a bias is one more input that is always one.  Layers are found in
     the jaxpr: products, convolutions and look-ups with a parameter, wherever they are; see `coverage`.  A parameter
-    used in another way is a block of its own: exact up to 1024 entries, its diagonal beyond.
+    used in another way is a block of its own: exact up to 1024 entries, its diagonal beyond; but a stack of matrices
+    that products take by number is $A \otimes S$ for each, of the rows and columns of gradients of whole examples.
 
     Args:
       objective: An `Objective`; a bare `f(params, example) -> scalar` with `labels="empirical"` only.

@@ -117,7 +117,8 @@ def _by_name(mask: Named, plan: Plan, layers: Sequence[Layer], example: PyTree) 
     named: set[str] = set()
     for layer in layers:
         below = lambda prefix, names=layer.names: any(is_below(name, prefix) for name in names)
-        owners = {prefix: fn for prefix, fn in mask.items if not layer.of_entries and below(prefix)}
+        used = layer.uses and not layer.of_entries
+        owners = {prefix: fn for prefix, fn in mask.items if used and below(prefix)}
         if len(owners) > 1:
             raise ValueError(f"mask: {list(layer.names)} are named by each of {list(owners)}, expected by one")
         for prefix, fn in owners.items():
@@ -126,7 +127,7 @@ def _by_name(mask: Named, plan: Plan, layers: Sequence[Layer], example: PyTree) 
         found.append((next(iter(owners.values()), None),) * len(layer.uses))
     for prefix, _ in mask.items:
         if prefix not in named:
-            has = sorted({layer.kernel for layer in layers if not layer.of_entries})
+            has = sorted({layer.kernel for layer in layers if layer.uses and not layer.of_entries})
             raise ValueError(f"mask: {prefix!r} names no layer that has positions, expected a prefix of some of {has}")
     return found
 
