@@ -88,8 +88,9 @@ def _predicted_changes(scores: Array, masks: Array, removal: str) -> Array:
     scores = scores - lax.stop_gradient(jnp.take_along_axis(scores, nearest[:, None], axis=1))
     left_out = jnp.sum(removed, axis=1, keepdims=True)
     difference = count * tree.gram(removed, scores) - left_out * jnp.sum(scores, axis=1)[None]
-    predicted = difference / (count * jnp.maximum(count - left_out, 1))
-    return nan_where(left_out == count, predicted)
+    divisor = jnp.broadcast_to(count * jnp.maximum(count - left_out, 1), difference.shape)
+    # The barrier keeps the compiler from multiplying by a reciprocal, which rounds twice and breaks ties.
+    return nan_where(left_out == count, difference / lax.optimization_barrier(divisor))
 
 
 def lds(
