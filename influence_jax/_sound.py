@@ -150,6 +150,17 @@ class Seen(NamedTuple):
     flat: bool
 
 
+def is_finite(values: PyTree) -> bool:
+    """Tell, on the host, whether all entries are finite."""
+    leaves = jax.tree.leaves(values)
+    if all(not isinstance(leaf, jax.Array) or readable_in_place(leaf) for leaf in leaves):
+        return all(bool(np.all(np.isfinite(np.asarray(leaf)))) for leaf in leaves)
+    return bool(_all_finite(leaves))
+
+
+_all_finite = compiled(lambda leaves: jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])))
+
+
 def look(scores: PyTree, axis: int) -> Seen:
     """Look at scores of examples along an axis, on the host."""
     leaves = jax.tree.leaves(scores)
@@ -197,7 +208,7 @@ class Watch:
         made: str = "scores",
     ) -> None:
         self.objective, self.params, self.name, self.noun, self.made = objective, params, name, noun, made
-        self.found, self.flat = Unsound(), True
+        self.found, self.flat, self.refuses = Unsound(), True, False
 
     def batch(self, seen: Seen, batch: PyTree, start: int = 0, count: int | None = None) -> None:
         """Find out why there are no finite scores for some examples of a batch, if that is so.
@@ -217,6 +228,8 @@ class Watch:
             more = find(self.objective, self.params, batch, counted=counted, start=start, expected=expected)
         self.flat &= more.flat == count
         self.found = self.found.then(more)
+        if self.refuses and more.first is not None:
+            raise refusal(self.found, self.name, self.noun)
 
     def warn(self) -> None:
         """Warn if there is something to tell."""
@@ -233,8 +246,8 @@ class Watch:
         warnings.warn(message, LossWarning, stacklevel=levels_inside())
 
 
-def refusal(found: Unsound, name: str) -> ValueError:
+def refusal(found: Unsound, name: str, noun: str = "loss") -> ValueError:
     """Make the error that refuses a curvature, or scores to keep, for losses that are not finite."""
     return ValueError(
-        f"{found.describe(name)}; expected finite losses: {ADVICE}; or leave them out, as a weight of zero does"
+        f"{found.describe(name, noun)}; expected finite ones: {ADVICE}; or leave them out, as a weight of zero does"
     )

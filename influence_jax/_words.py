@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -73,7 +74,8 @@ def name_of(fn: Any) -> str:
 def levels_inside() -> int:
     """Stack levels between the caller and the first frame outside this package, which a warning is about."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    inside = (PACKAGE, contextlib.__file__)  # whose decorators stand between
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
     return level
 

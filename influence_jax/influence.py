@@ -145,7 +145,7 @@ class Influence:
             scores, info = _up_from_train(self, query, train)
             self._report(info, as_objective(self.objective), train)
             return scores
-        return self._from_factors(self._solved(query), train, mode, wrt)
+        return self._from_factors(self.factors_untold(query), train, mode, wrt)
 
     def _tell(self, scores: Sequence[PyTree], query: PyTree | None, train: PyTree) -> None:
         """Warn about losses that are not finite behind scores, leaves `(Q, N, ...)`; those of blocks together."""
@@ -173,7 +173,7 @@ class Influence:
           Tree like the parameters, leaves `(Q, *leaf)`, float32 or wider.
         """
         query = as_batch(query, "query")
-        factors = self._solved(query)
+        factors = self.factors_untold(query)
         self._tell_factors(factors, query)
         return factors
 
@@ -182,7 +182,8 @@ class Influence:
         watch.batch(look_at_factors(factors), query)
         watch.warn()
 
-    def _solved(self, query: PyTree) -> PyTree:
+    def factors_untold(self, query: PyTree) -> PyTree:
+        """Compute `influence_factors` of `query`, and warn about solves only."""
         factors, info = self.solved(query)
         self._report(info, self.asked, query)
         return factors
@@ -294,8 +295,8 @@ class Influence:
         if blocks is None:
             parts = {name: self.block(name) for name in self.block_names}
             leaves = {name: tuple(leaf for leaf, _ in tree.named_leaves(part.params)) for name, part in parts.items()}
-            return OrderedDict((n, select(part._solved(query), leaves[n])) for n, part in parts.items())
-        factors, groups = self._solved(query), partition(self.params, blocks)
+            return OrderedDict((n, select(part.factors_untold(query), leaves[n])) for n, part in parts.items())
+        factors, groups = self.factors_untold(query), partition(self.params, blocks)
         return OrderedDict((name, select(factors, block)) for name, block in groups.items())
 
     def influences_from_factors_by_block(
@@ -375,13 +376,14 @@ class Influence:
           `(N,)`.
         """
         batch = as_batch(batch, "batch")
-        values = self._self_influences(batch)
+        values = self.self_influences_untold(batch)
         watch = self.train_watch("batch")
         watch.batch(look(values, 0), batch)
         watch.warn()
         return values
 
-    def _self_influences(self, batch: PyTree) -> Array:
+    def self_influences_untold(self, batch: PyTree) -> Array:
+        """Compute `self_influences` of `batch`, and warn about solves only."""
         values, info = self_solved(self, batch)
         self._report(info, as_objective(self.objective), batch)
         return values
@@ -406,7 +408,7 @@ class Influence:
         query, train = as_batch(query, "query"), as_batch(train, "train")
         objective = require_split(as_objective(self.objective), "token_influences")
         check_positions(objective, self.params, train)
-        scores = by_position(objective, self.params, self._solved(query), train, self.chunk, self.rhs_chunk)
+        scores = by_position(objective, self.params, self.factors_untold(query), train, self.chunk, self.rhs_chunk)
         self._tell([scores], query, train)
         return scores
 
@@ -435,7 +437,7 @@ class Influence:
         check_positive(k, "k")
         if k > tree.count(train):
             raise ValueError(f"k: got {k}, expected between 1 and {tree.count(train)}, the number of training examples")
-        objective, factors = as_objective(self.objective), self._solved(query)
+        objective, factors = as_objective(self.objective), self.factors_untold(query)
         best, unsound = top_k(objective, self.params, factors, train, int(k), self.chunk, self.rhs_chunk)
         seen = look(best.values, 0)
         for watch, batch, found in (

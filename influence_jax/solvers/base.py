@@ -287,9 +287,12 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
     check_solver(solver)
     if key is not None:
         check_key(key, "solvers and dampings may draw random numbers")
-    if not op.on_host:  # what reads a loader looks at the losses as it goes
+    if op.on_host:
+        state = solver.init(op, key=key)
+        check_losses(op)  # unless a pass over the loader has shown them
+    else:
         check_losses(op)
-    state = solver.init(op, key=key) if op.on_host else _init(solver, op, key)
+        state = _init(solver, op, key)
     check_resolved(solver, state, op)
     return Inverse(op, solver, state)
 

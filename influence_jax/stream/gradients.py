@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .. import tree
 from .._memory import memory_errors
+from .._sound import Watch, look
 from .._typing import LossFunction, PyTree
 from ..objective import Objective, as_objective
 from ..projections import Projection
@@ -69,8 +70,11 @@ def gradients(
     shares, manifest = Shares(blocks), describe_gradients("projected gradients", objective, params, blocks)
     options = {"projection": projection, "train_rows": shares.rows, "dtype": manifest["dtype"]}
     waiting: tuple[Block, jax.Array] | None = None
+    watch = Watch(objective, params, "loader", made="gradients")
+    watch.refuses = True
 
     def put(block: Block, values: jax.Array) -> None:
+        watch.batch(look(values, 0), block.batch, block.start, block.count)
         rows, count = shares.local(values, axis=0), shares.count(block)
         if count:
             sink.write(shares.number(block), rows[:count], data=shares.data(block))

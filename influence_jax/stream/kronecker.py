@@ -10,12 +10,14 @@ import jax
 from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
+from .._sound import Unsound, is_finite, refusal
 from .._typing import Key, LossFunction, PyTree
 from ..capture import MAX_SIDE
 from ..curvature import EmpiricalFisher, Kronecker
 from ..curvature.capabilities import wide_dtype
 from ..curvature.kfac import as_recipe, check_fitted, keyed_fisher
 from ..curvature.kronecker_fit import LayerMoments, Recipe, corrected, eigenbases, moment_sums, square_sums
+from ..curvature.losses import unsound
 from ..curvature.masks import Mask, check_agreement
 from ..objective import Objective
 from .loaders import Block, Blocks, paced
@@ -150,6 +152,8 @@ class _Fit:
         total = reduce(_added, paced(self._checked(blocks)))
         _check_mask(total)
         fitted = _eigenbases(self.params, total)
+        if not is_finite([layer.values for layer in fitted.layers]):
+            self._look(blocks)
         if eigenvalues:
             squares = reduce(_added, paced(_squares(self._fisher(block), self.recipe, fitted) for block in blocks))
             fitted = _corrected(fitted, *squares)
@@ -163,6 +167,12 @@ class _Fit:
             if number == 0:
                 _check_mask(summed)
             yield summed
+
+    def _look(self, blocks: Blocks) -> None:
+        """Raise if losses are not finite, saying which."""
+        found = reduce(Unsound.then, (unsound(self._fisher(block), block.start) for block in blocks))
+        if found.losses:
+            raise refusal(found, blocks.name)
 
     def _fisher(self, block: Block) -> EmpiricalFisher:
         weights = block.weights(wide_dtype(self.params))

@@ -240,6 +240,7 @@ class Blocks:
     ) -> None:
         self.name, self.sharding, self.bar = name, sharding, bar
         self._passes = self._read = 0
+        self.sound = False  # once all losses have been found to be finite
         self._whole = whole = is_batch(data)
         self._data = as_dicts(data) if whole else Ordered(data, name)
         if rows is not None:

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from .. import _reprs, blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, static
+from .._sound import Unsound, is_finite, refusal
 from .._typing import Array, Key, LossFunction, PyTree
 from .._words import name_of
 from ..bounds import lower_bound
 from ..curvature import Identity, LinearOperator, Scaled, Sum
-from ..curvature.capabilities import diagonal, restrict, to_dense, trace, wide_dtype
+from ..curvature.capabilities import check_losses, diagonal, restrict, to_dense, trace, wide_dtype
 from ..curvature.exact import OverData
 from ..curvature.loops import refuse_tracing
+from ..curvature.losses import unsound
 from ..curvature.parts import examples_from
 from ..objective import LossOnly, Objective, as_objective
 from .loaders import Blocks, paced
@@ -99,7 +101,31 @@ class Streamed(LinearOperator):
         total = reduce(_added, paced(_sums(op, count, arguments, product) for op, count in self.parts()))
         if any(mass == 0 for _, mass in total):
             raise ValueError(f"weights: those of all batches of {self.source.name} sum to 0, expected a positive sum")
-        return _divided(total)
+        mean = _divided(total)
+        if not self.source.sound:
+            self._judge(is_finite(mean))
+        return mean
+
+    def _judge(self, finite: bool) -> None:
+        """Note that all losses have been found to be finite in a pass, or look which are not."""
+        if not finite:
+            self.look()
+        self.source.sound = self.source.sound or finite
+
+    def look(self) -> None:
+        """Read the loader once, for the losses alone.
+
+        Raises:
+          ValueError: If one is not finite, saying how many, and which is the first.
+        """
+        found, start = Unsound(), 0
+        for op, count in self.parts():
+            over_data = [unsound(term, start) for term in _terms(op) if isinstance(term, OverData)]
+            found = found.then(max(over_data, key=lambda each: each.losses, default=Unsound()))
+            start += count
+        if found.losses:
+            raise refusal(found, self.source.name)
+        self.source.sound = True
 
     def __repr__(self) -> str:
         return _reprs.call(self, name_of(self.curvature), _reprs.parameters(self.space))
@@ -230,6 +256,12 @@ def _added(total: PyTree, summed: PyTree) -> PyTree:
 def _divided(sums: Sequence[tuple[PyTree, Array]]) -> PyTree:
     means = [jax.tree.map(lambda x, m=mass: x / m.astype(x.dtype), summed) for summed, mass in sums]
     return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *means)
+
+
+@check_losses.register
+def _(op: Streamed) -> None:
+    if not op.source.sound:
+        op.look()
 
 
 @restrict.register

@@ -14,14 +14,14 @@ import numpy as np
 from .. import tree
 from .._memory import memory_errors
 from .._mesh import compiled
+from .._sound import Watch, look
 from .._typing import Array, PyTree
 from ..batching import as_dicts, batch_size as length, check_finite, check_positive
 from ..curvature import Identity
-from ..influence import Influence, _up, self_solved
+from ..influence import Influence, _up, look_at_factors
 from ..scoring import Best, TopK, merge_best
-from ..solvers import report
 from ..store.scores import ScoreStore
-from .loaders import Block, Blocks, is_batch, paced
+from .loaders import Block, Blocks, is_batch
 from .processes import to_host, together
 from .tables import Memory, Stored, Table, check_sink, describe
 
@@ -97,11 +97,14 @@ def scores(
     queries, count = _queries(query)
     blocks = Blocks(loader, "loader", batch_size, sharding, "scores" if progress else None)
     with together(), _table(sink, "scores", influence, queries, count, blocks) as table:
-        losses = _without_inverse(influence)
+        losses, watches = _without_inverse(influence), _watches(influence, kept=sink is not None)
         for row, block in enumerate(queries):
-            factors = _Factors(influence, row, block, table)
-            _fill(table, row, block.count, blocks, lambda part, f=factors: _up(losses, f.get(), part))
-        return table.finish(blocks.examples or 0)
+            factors = _Factors(influence, row, block, table, watches[0])
+            watch = watches[1] if row == 0 else None  # the losses of examples are the same for all queries
+            _fill(table, row, block.count, blocks, lambda part, f=factors: _up(losses, f.get(), part), watch)
+        finished = table.finish(blocks.examples or 0)
+    _warn(watches)
+    return finished
 
 
 @memory_errors("stream.influence_factors")
@@ -129,7 +132,9 @@ def influence_factors(influence: Influence, query: Any, progress: bool = True) -
     """
     _check_influence(influence)
     blocks = Blocks(query, "query", bar="factors" if progress else None)
-    parts = [jax.tree.map(lambda x, n=block.count: x[:n], _solved(influence, block.batch)) for block in blocks]
+    watch = influence.query_watch("factors")
+    parts = [jax.tree.map(lambda x, n=block.count: x[:n], _solved(influence, block, watch)) for block in blocks]
+    watch.warn()
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
@@ -193,14 +198,14 @@ def self_influences(
     blocks = Blocks(loader, "loader", batch_size, sharding, "self-influences" if progress else None)
 
     def compute(part: PyTree) -> Array:
-        values, info = self_solved(influence, part)
-        report(info, influence.inverse, influence.throw)
-        return values[None]
+        return influence.self_influences_untold(part)[None]
 
+    watches = _watches(influence, kept=sink is not None)
     with together(), _table(sink, "self_influences", influence, None, 1, blocks) as table:
-        _fill(table, 0, 1, blocks, compute)
+        _fill(table, 0, 1, blocks, compute, watches[1])
         whole = table.finish(blocks.examples or 0)
-        return whole[0] if sink is None else whole
+    _warn(watches)
+    return whole[0] if sink is None else whole
 
 
 @memory_errors("stream.top_k")
@@ -249,15 +254,16 @@ def top_k(
     if blocks.examples is not None:
         _check_k(k, blocks.examples)
     found: list[Any] = []
-    losses = _without_inverse(influence)
+    losses, watches = _without_inverse(influence), _watches(influence, kept=False)
     with together():
         for row in queries:
-            factors = _solved(influence, row.batch)
+            factors = _solved(influence, row, watches[0])
             dtype = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(factors)))
             best = Best.none(tree.count(row.batch), k, dtype)
-            for start, count, part in paced((b.start, b.count, _up(losses, factors, b.batch)) for b in blocks):
-                best = _merged(best, part, np.int32(start), np.int32(count))
+            for block, part in _seen(blocks, losses, factors, watches[1] if row.number == 0 else None):
+                best = _merged(best, part, np.int32(block.start), np.int32(block.count))
             found.append([to_host(x)[: row.count] for x in best.top_k()])
+    _warn(watches)
     _check_k(k, blocks.examples or 0)
     values, indices = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return TopK(values, indices)  # type: ignore[arg-type]  # arrays of NumPy
@@ -295,17 +301,50 @@ def _queries(query: Any) -> tuple[list[Block], int]:
     return queries, queries[-1].start + queries[-1].count
 
 
-def _solved(influence: Influence, query: PyTree) -> PyTree:
-    factors, info = influence.solved(query)
-    report(info, influence.inverse, influence.throw)
+def _solved(influence: Influence, query: Block, watch: Watch) -> PyTree:
+    """Solve for a block of queries, and look at what is asked of them."""
+    factors = influence.factors_untold(query.batch)
+    watch.batch(look_at_factors(factors), query.batch, query.start, query.count)
     return factors
+
+
+def _watches(influence: Influence, *, kept: bool) -> tuple[Watch, Watch]:
+    """Make the watches of queries and of examples; scores to be kept are refused rather than warned about."""
+    watches = influence.query_watch(), influence.train_watch("loader")
+    for watch in watches:
+        watch.refuses = kept
+    return watches
+
+
+def _warn(watches: Iterable[Watch]) -> None:
+    for watch in watches:
+        watch.warn()
+
+
+def _seen(blocks: Blocks, losses: Influence, factors: PyTree, watch: Watch | None) -> Iterator[tuple[Block, Array]]:
+    """Yield the scores of every block, looked at when the next are on their way."""
+    before: tuple[Block, Array] | None = None
+    for block, part in ((b, _up(losses, factors, b.batch)) for b in blocks):
+        if before is not None:
+            _look(watch, *before)
+        before = block, part
+        yield block, part
+    if before is not None:
+        _look(watch, *before)
+
+
+def _look(watch: Watch | None, block: Block, scores: Array) -> None:
+    """Look at the scores of a block, `(Q, rows)`; waits for them."""
+    jax.block_until_ready(scores)
+    if watch is not None:
+        watch.batch(look(scores, 1), block.batch, block.start, block.count)
 
 
 class _Factors:
     """Factors of a block of queries, solved for when first needed, or found where they were kept."""
 
-    def __init__(self, influence: Influence, row: int, block: Block, table: Table) -> None:
-        self._influence, self._row, self._block, self._table = influence, row, block, table
+    def __init__(self, influence: Influence, row: int, block: Block, table: Table, watch: Watch) -> None:
+        self._influence, self._row, self._block, self._table, self._watch = influence, row, block, table, watch
         self._factors: PyTree = None
 
     def get(self) -> PyTree:
@@ -314,7 +353,7 @@ class _Factors:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), params)
             kept = self._table.factors(self._row, like)
             if kept is None:
-                kept = self._table.keep_factors(self._row, _solved(self._influence, self._block.batch))
+                kept = self._table.keep_factors(self._row, _solved(self._influence, self._block, self._watch))
             self._factors = jax.tree.map(_placed_like, kept, self._influence.params)
         return self._factors
 
@@ -328,18 +367,25 @@ def _placed_like(stack: Any, leaf: Array) -> Array:
     return jax.device_put(stack, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
-def _fill(table: Table, row: int, queries: int, blocks: Blocks, compute: Callable[[PyTree], Array]) -> None:
-    """Compute what is not there yet; while one block is written the device is at the next."""
+def _fill(
+    table: Table, row: int, queries: int, blocks: Blocks, compute: Callable[[PyTree], Array], watch: Watch | None
+) -> None:
+    """Compute what is not there yet; while one block is looked at and written the device is at the next."""
     waiting: tuple[int, Block, Array, int] | None = None
+
+    def put(row: int, block: Block, values: Array, queries: int) -> None:
+        _look(watch, block, values)
+        table.put(row, block, values, queries)
+
     for block in blocks:
         if table.has(row, block):
             continue
         values = compute(block.batch)
         if waiting is not None:
-            table.put(*waiting)
+            put(*waiting)
         waiting = row, block, values, queries
     if waiting is not None:
-        table.put(*waiting)
+        put(*waiting)
 
 
 @contextlib.contextmanager
