@@ -18,8 +18,7 @@ from . import _reprs, tree
 from ._mesh import compiled
 from ._typing import Array, PyTree
 from ._words import levels_inside
-from .batching import chunk_for, map_chunks, map_over, readable_in_place
-from .gradients import finite_rows, grads_of_chunk
+from .batching import chunk_for, each, map_chunks, map_over, readable_in_place
 from .objective import LossOnly, Objective
 
 ADVICE = (
@@ -106,6 +105,16 @@ def find(
     return found._replace(gradients=undefined, flat=flat)
 
 
+def finite_rows(stack: PyTree) -> Array:
+    """Tell which rows of a stack, leaves `(N, *leaf)`, are finite in all entries, `(N,)`."""
+    rows = [jnp.isfinite(x).reshape(x.shape[0], -1) for x in jax.tree.leaves(stack)]
+    return jnp.all(jnp.stack([jnp.all(x, axis=1) for x in rows]), axis=0)
+
+
+def _values_and_grads(objective: Objective | LossOnly, params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+    return each(lambda example, loss, at: jax.value_and_grad(loss)(at, example), batch, objective, params)
+
+
 @compiled
 def _losses(objective: Objective | LossOnly, params: PyTree, batch: PyTree, counted: Array) -> tuple[Array, ...]:
     """Count losses that are not finite; the first one's place, the loss there, and how many there are in all."""
@@ -121,8 +130,7 @@ def _gradients(objective: Objective | LossOnly, params: PyTree, batch: PyTree, c
     params = tree.promote(params)
 
     def one_chunk(part: PyTree) -> tuple[Array, Array, Array]:
-        losses = jax.vmap(partial(objective, params))(part)
-        grads = grads_of_chunk(objective, params, part)
+        losses, grads = _values_and_grads(objective, params, part)
         return losses, finite_rows(grads), tree.norms(grads) == 0
 
     losses, finite, flat = map_chunks(one_chunk, batch, chunk=chunk_for(tree.size(params)))
@@ -134,7 +142,11 @@ def _gradients(objective: Objective | LossOnly, params: PyTree, batch: PyTree, c
 @compiled
 def finite_gradients(objective: Objective | LossOnly, params: PyTree, batch: PyTree) -> Array:
     """Tell of which examples the gradient is finite, `(N,)`."""
-    of_chunk = lambda part: finite_rows(grads_of_chunk(objective, tree.promote(params), part))
+
+    def of_chunk(part: PyTree) -> Array:
+        losses, grads = _values_and_grads(objective, tree.promote(params), part)
+        return finite_rows(grads) & jnp.isfinite(losses)
+
     return map_chunks(of_chunk, batch, chunk=chunk_for(tree.size(params)))
 
 
@@ -161,25 +173,25 @@ def is_finite(values: PyTree) -> bool:
 _all_finite = compiled(lambda leaves: jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])))
 
 
-def look(scores: PyTree, axis: int) -> Seen:
-    """Look at scores of examples along an axis, on the host."""
+def look(scores: PyTree, axis: int, *, entire: bool = False) -> Seen:
+    """Look at scores of examples along an axis, on the host; `entire` if all of an example's are to be finite."""
     leaves = jax.tree.leaves(scores)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return Seen(0, False)
     if all(not isinstance(leaf, jax.Array) or readable_in_place(leaf) for leaf in leaves):
-        return Seen(*(x.item() for x in _look(np, [np.asarray(leaf) for leaf in leaves], axis)))
-    return Seen(*(x.item() for x in _look_on_device(leaves, axis)))
+        return Seen(*(x.item() for x in _look(np, [np.asarray(leaf) for leaf in leaves], axis, entire)))
+    return Seen(*(x.item() for x in _look_on_device(leaves, axis, entire)))
 
 
-def _look(numpy: Any, leaves: list[Any], axis: int) -> tuple[Any, Any]:
+def _look(numpy: Any, leaves: list[Any], axis: int, entire: bool) -> tuple[Any, Any]:
     """Look with numpy, which compiles nothing, or with its namesake in JAX."""
+    over = numpy.all if entire else numpy.any
     others = lambda x: tuple(i for i in range(x.ndim) if i != axis)
-    finite = [numpy.any(numpy.isfinite(x), axis=others(x)) for x in leaves]
-    flat = [numpy.all(x == 0) for x in leaves]
-    return numpy.sum(~numpy.any(numpy.stack(finite), axis=0)), numpy.all(numpy.stack(flat))
+    sound = over(numpy.stack([over(numpy.isfinite(x), axis=others(x)) for x in leaves]), axis=0)
+    return numpy.sum(~sound), numpy.all(numpy.stack([numpy.all(x == 0) for x in leaves]))
 
 
-_look_on_device = partial(compiled, static_argnames="axis")(lambda leaves, axis: _look(jnp, leaves, axis))
+_look_on_device = partial(compiled, static_argnames=("axis", "entire"))(partial(_look, jnp))
 
 
 def number(count: Array) -> int:
@@ -251,3 +263,11 @@ def refusal(found: Unsound, name: str, noun: str = "loss") -> ValueError:
     return ValueError(
         f"{found.describe(name, noun)}; expected finite ones: {ADVICE}; or leave them out, as a weight of zero does"
     )
+
+
+def tell(objective: Objective | LossOnly, params: PyTree, batch: PyTree, values: PyTree, made: str) -> None:
+    """Warn about losses of a batch behind what was made of them, leaves `(N, ...)`."""
+    watch = Watch(objective, params, "batch", made=made)
+    smallest = min(jax.tree.leaves(values), key=lambda x: x.size)  # what is NaN is so in all leaves
+    watch.batch(look(smallest, 0)._replace(flat=False), batch)
+    watch.warn()

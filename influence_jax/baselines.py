@@ -16,8 +16,9 @@ import numpy as np
 
 from . import tree
 from ._mesh import compiled
+from ._sound import Watch, look
 from ._typing import Array, LossFunction, PyTree
-from .batching import check_finite
+from .batching import as_batch, check_finite
 from .curvature import Identity
 from .curvature.projected import Projected
 from .influence import Influence
@@ -92,7 +93,7 @@ def _check_influence(influence: Any) -> None:
 
 
 def _lengths(influence: Influence, batch: PyTree) -> Array:
-    squares = influence.self_influences(batch)
+    squares = influence.self_influences_untold(as_batch(batch, "batch"))
     return jnp.sqrt(jnp.where(squares > 0, squares, jnp.nan))
 
 
@@ -237,6 +238,9 @@ def trak(
     check_number(damping, "damping")
     check_projection(projection)
     rows = projection.project_grads(measurement, params, train)
+    watch = Watch(measurement, params, "train", noun="measurement")
+    watch.refuses = True
+    watch.batch(look(rows, 0)._replace(flat=False), as_batch(train, "train"))
     check_finite(rows, "train, whose gradients of the measurement")
     return Influence(objective, params, Projected(params, projection, _kernel(rows, damping)), measurement=measurement)
 

@@ -137,11 +137,27 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
     """Check a batch and turn its leaves into JAX arrays.
 
     Raises:
-      TypeError, ValueError: As `check_batch`.
+      TypeError, ValueError: As `check_batch`, and for a list of batches.
     """
     batch = plain(batch, name)
+    _refuse_loader(batch, name)
     check_batch(batch, name)
     return jax.tree.map(jnp.asarray, batch)
+
+
+def _refuse_loader(batch: PyTree, name: str) -> None:
+    """Raise if it is a list of batches alike: of containers, or a tuple of `Batch`es or of several dicts."""
+    if type(batch) not in (list, tuple) or not batch:
+        return
+    kinds = (Batch, Mapping, list, tuple) if isinstance(batch, list) else (Batch, Mapping)
+    alone = isinstance(batch, tuple) and len(batch) == 1 and not isinstance(batch[0], Batch)
+    alike = all(isinstance(x, kinds) for x in batch) and len({jax.tree.structure(x) for x in batch}) == 1
+    if alike and not alone:
+        raise ValueError(
+            f"{name}: got a {type(batch).__name__} of {len(batch)}, each a {type(batch[0]).__name__}, which is a "
+            "loader; expected one batch. Use influence_jax.stream, e.g. stream.invert and stream.scores, which read "
+            "batch after batch, or join them: jax.tree.map(lambda *parts: numpy.concatenate(parts), *loader)"
+        )
 
 
 def check_batch(batch: PyTree, name: str) -> None:

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 
 from . import _reprs, tree
 from ._progress import track
+from ._sound import look
 from ._typing import Array, Key, LossFunction, PyTree
 from .curvature import Hessian, Identity, LinearOperator
-from .influence import Influence, _factors
+from .influence import Influence, look_at_factors, report_sound
 from .objective import LossOnly, Objective
 from .scoring import InfluenceMode, as_mode
-from .solvers import Arnoldi, BlockCG, Direct, Info, LiSSA, RelativeDamping, Solver, invert, report
+from .solvers import Arnoldi, BlockCG, Direct, Info, LiSSA, RelativeDamping, Solver, invert
 from .solvers.base import check_solver
 from .solvers.damping import CHOICES, check_damping
 from .stream.loaders import batches, count_batches, gather
@@ -121,13 +122,16 @@ def compute_influence_factors(
     op = curvature(objective, params, gather(training_data, "training_data"))
     inverse = invert(op, solver, key=key)
     influence = Influence(objective, params, inverse)
-    results = []
+    results, start, watch = [], 0, influence.query_watch("factors", "test_data")
     for query in track(batches(test_data, "test_data"), "factors", count_batches(test_data), show=progress):
-        factors, info = _factors(influence, query)
-        report(info, inverse, throw)
+        factors, info = influence.solved(query)
+        report_sound(info, inverse, throw, influence.asked, influence.params, query)
+        watch.batch(look_at_factors(factors), query, start)
+        start += tree.count(query)
         results.append((factors, info))
     if not results:
         raise ValueError("test_data: is empty, expected at least one batch")
+    watch.warn()
     return InverseHvpResult(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *results))
 
 
@@ -318,10 +322,12 @@ def _from_factors(
 ) -> PyTree:
     factors = factors.x if isinstance(factors, InverseHvpResult) else factors
     influence = Influence(objective, params, Identity(params))
-    parts = [
-        influence.influences_from_factors(factors, batch, mode, wrt=wrt)
-        for batch in track(batches(input_data, "input_data"), "influences", count_batches(input_data), show=progress)
-    ]
+    parts, start, watch = [], 0, influence.train_watch("input_data")
+    for batch in track(batches(input_data, "input_data"), "influences", count_batches(input_data), show=progress):
+        parts.append(influence.from_factors_untold(factors, batch, mode, wrt))
+        watch.batch(look(parts[-1], 1), batch, start)
+        start += tree.count(batch)
     if not parts:
         raise ValueError("input_data: is empty, expected at least one batch")
+    watch.warn()
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)

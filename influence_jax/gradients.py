@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from . import tree
 from ._jaxpr_compat import uses
 from ._mesh import compiled
+from ._sound import tell
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, chunk_for, each, map_chunks, map_over, map_rows
 from .objective import LossOnly, Objective, as_objective, get_field, replace_field
@@ -49,7 +50,10 @@ def per_example_grads(
     Reference: Griewank & Walther 2008, Evaluating Derivatives, chapter 3.
     """
     check_chunk(chunk)
-    return _per_example_grads(as_objective(objective), tree.check_params(params), as_batch(batch, "batch"), chunk)
+    losses, params, batch = as_objective(objective), tree.check_params(params), as_batch(batch, "batch")
+    grads = _per_example_grads(losses, params, batch, chunk)
+    tell(losses, params, batch, grads, "gradients")
+    return grads
 
 
 def jacobian_product(
@@ -92,7 +96,10 @@ def jacobian_product(
     check_chunk(rhs_chunk, "rhs_chunk")
     params = tree.check_params(params)
     tree.check_stack(vectors, params, "vectors")
-    return _jacobian_product(as_objective(objective), params, as_batch(batch, "batch"), vectors, chunk, rhs_chunk)
+    losses, batch = as_objective(objective), as_batch(batch, "batch")
+    products = _jacobian_product(losses, params, batch, vectors, chunk, rhs_chunk)
+    tell(losses, params, batch, products, "derivatives")
+    return products
 
 
 def mixed_grads(
@@ -131,7 +138,10 @@ def mixed_grads(
     check_chunk(chunk)
     batch = as_batch(batch, "batch")
     check_wrt(batch, wrt)
-    return _mixed_grads(as_objective(objective), tree.check_params(params), batch, wrt, chunk)
+    losses, params = as_objective(objective), tree.check_params(params)
+    mixed = _mixed_grads(losses, params, batch, wrt, chunk)
+    tell(losses, params, batch, mixed, "derivatives")
+    return mixed
 
 
 def mixed_product(
@@ -174,7 +184,10 @@ def mixed_product(
     params, batch = tree.check_params(params), as_batch(batch, "batch")
     tree.check_stack(vectors, params, "vectors")
     check_wrt(batch, wrt)
-    return _mixed_product(as_objective(objective), params, batch, vectors, wrt, chunk, rhs_chunk)
+    losses = as_objective(objective)
+    products = _mixed_product(losses, params, batch, vectors, wrt, chunk, rhs_chunk)
+    tell(losses, params, batch, products, "derivatives")
+    return products
 
 
 def check_wrt(batch: PyTree, wrt: str | int) -> None:
@@ -216,12 +229,6 @@ def spoilt(values: PyTree, loss: Array) -> PyTree:
     """
     factor = jnp.where(jnp.isfinite(loss), 1, jnp.nan)
     return jax.tree.map(lambda x: x * factor.astype(x.dtype), values)
-
-
-def finite_rows(stack: PyTree) -> Array:
-    """Tell which rows of a stack, leaves `(N, *leaf)`, are finite in all entries, `(N,)`."""
-    rows = [jnp.isfinite(x).reshape(x.shape[0], -1) for x in jax.tree.leaves(stack)]
-    return jnp.all(jnp.stack([jnp.all(x, axis=1) for x in rows]), axis=0)
 
 
 def all_or_nan(losses: Array) -> Array:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import overload
 
 import jax
-import jax.numpy as jnp
 
 from . import _reprs, tree
 from ._memory import explain_memory_errors
@@ -26,7 +25,7 @@ from .batching import as_batch, check_chunk, check_positive, map_chunks
 from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
 from .curvature import Identity, LinearOperator
 from .curvature.outputs import require_split
-from .gradients import _per_example_grads, check_wrt, finite_rows
+from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
 from .scoring import (
     InfluenceMode,
@@ -36,6 +35,7 @@ from .scoring import (
     as_mode,
     by_position,
     check_positions,
+    finite_or_nan,
     inner_products,
     perturbed,
     top_k,
@@ -154,10 +154,10 @@ class Influence:
                 watch.batch(look(scores, axis), batch)
                 watch.warn()
 
-    def query_watch(self, made: str = "scores") -> Watch:
-        """Watch what is asked of queries; `made` says what comes of it."""
+    def query_watch(self, made: str = "scores", name: str = "query") -> Watch:
+        """Watch what is asked of queries, the argument `name`; `made` says what comes of it."""
         noun = "loss" if self.measurement is None else "measurement"
-        return Watch(self.asked, self.params, "query", noun=noun, made=made)
+        return Watch(self.asked, self.params, name, noun=noun, made=made)
 
     def train_watch(self, name: str = "train") -> Watch:
         """Watch the losses of training examples, the argument `name`."""
@@ -224,15 +224,19 @@ class Influence:
           ValueError: If the factors are not a stack of parameter-shaped trees, or as `influences`.
           TypeError: If the perturbed part is not floating.
         """
+        train, mode = as_batch(train, "train"), as_mode(mode)
+        scores = self.from_factors_untold(factors, train, mode, wrt)
+        self._tell([scores], None, train)
+        return scores
+
+    def from_factors_untold(self, factors: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
+        """Compute `influences_from_factors` of a batch of arrays, without warnings."""
         if is_by_block(factors, self.params):
             factors = join_whole(factors, self.params)
         tree.check_stack(factors, self.params, "factors")
-        train, mode = as_batch(train, "train"), as_mode(mode)
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
-        scores = self._from_factors(factors, train, mode, wrt)
-        self._tell([scores], None, train)
-        return scores
+        return self._from_factors(factors, train, mode, wrt)
 
     def _from_factors(self, factors: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
         if mode is InfluenceMode.Up:
@@ -460,13 +464,7 @@ def _factors(influence: Influence, query: PyTree) -> tuple[PyTree, Info | None]:
 
 @compiled
 def _query_grads(influence: Influence, query: PyTree) -> PyTree:
-    return _whole(_per_example_grads(influence.asked, influence.params, query, influence.chunk))
-
-
-def _whole(grads: PyTree) -> PyTree:
-    """Turn gradients that are not finite somewhere into NaN everywhere: nothing can be solved for them."""
-    grads = tree.promote(grads)
-    return tree.where_rows(finite_rows(grads), grads, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads))
+    return tree.promote(_per_example_grads(influence.asked, influence.params, query, influence.chunk))
 
 
 @compiled
@@ -478,15 +476,15 @@ def _up(influence: Influence, factors: PyTree, train: PyTree) -> Array:
 @compiled
 def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[Array, Info | None]:
     """Solve for the training examples, which are fewer than the queries; P is self-adjoint."""
-    grads = _whole(_per_example_grads(influence.objective, influence.params, train, influence.chunk))
+    grads = tree.promote(_per_example_grads(influence.objective, influence.params, train, influence.chunk))
     factors, info = solve_with_info(influence.inverse, grads)
     chunks = influence.chunk, influence.rhs_chunk
     return inner_products(influence.asked, influence.params, factors, query, *chunks), info
 
 
 def look_at_factors(factors: PyTree) -> Seen:
-    """Look at factors by their smallest leaf, for a row is NaN everywhere if it is anywhere."""
-    return look(min(jax.tree.leaves(factors), key=lambda x: x.size), 0)._replace(flat=False)
+    """Look at factors, of which a row is to be finite in all entries."""
+    return look(factors, 0, entire=True)._replace(flat=False)
 
 
 def report_sound(
@@ -510,14 +508,14 @@ def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None
         return _self_influences(influence, batch)
     grads = _query_grads(dataclasses.replace(influence, measurement=None, inverse=Identity(influence.params)), batch)
     solved, info = solve_with_info(influence.inverse, grads)
-    return tree.dots(solved, grads), info
+    return finite_or_nan(tree.dots(solved, grads)), info
 
 
 @compiled
 def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
     def one_chunk(part: PyTree) -> tuple[Array, Info | None]:
-        grads = _whole(_per_example_grads(influence.objective, influence.params, part))
+        grads = tree.promote(_per_example_grads(influence.objective, influence.params, part))
         solved, info = solve_with_info(influence.inverse, grads)
-        return tree.dots(solved, grads), info
+        return finite_or_nan(tree.dots(solved, grads)), info
 
     return map_chunks(one_chunk, batch, chunk=influence.chunk or rows_at_once(influence.inverse))

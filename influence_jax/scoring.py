@@ -76,7 +76,7 @@ def inner_products(
     cotangents are contracted with all factors; gradients are formed of single layers at most, where that is less work.
     """
     if tree.count(factors) <= DIRECTIONAL:
-        return _finite_or_nan(_jacobian_product(objective, params, batch, factors, chunk, rhs_chunk))
+        return finite_or_nan(_jacobian_product(objective, params, batch, factors, chunk, rhs_chunk))
     wide = tree.promote(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     plan, layers = arrange(objective, wide, example)
@@ -92,10 +92,10 @@ def inner_products(
     largest = max(held_entries(plan, layer, vectors=queries) for layer in layers)
     held = sum(held_entries(plan, layer) for layer in layers)
     fits = min(chunk_in_cache(held, wanted=queries), chunk_for(held + largest))
-    return _finite_or_nan(map_chunks(one_chunk, batch, chunk=chunk or fits))
+    return finite_or_nan(map_chunks(one_chunk, batch, chunk=chunk or fits))
 
 
-def _finite_or_nan(scores: Array) -> Array:
+def finite_or_nan(scores: Array) -> Array:
     """Turn scores of gradients that are infinite somewhere, by which they may be infinite or NaN, into NaN."""
     return scores * jnp.where(jnp.isfinite(scores), 1, jnp.nan).astype(scores.dtype)
 
@@ -141,7 +141,7 @@ def by_position(
         def along(vector: PyTree) -> Array:
             tangent = directional(lambda p: floating_output(objective, p, example), params, vector)[1]
             by_row = jnp.sum(tree.promote(slope) * tree.promote(tangent), axis=-1)
-            return _finite_or_nan(spoilt(by_row, value))
+            return finite_or_nan(spoilt(by_row, value))
 
         return map_rows(along, factors, rhs_chunk)
 

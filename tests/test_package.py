@@ -23,8 +23,8 @@ LAYERS = [
     ["_typing", "_jax_version", "_jaxpr_compat", "_pytree", "_reprs", "_memory", "_mesh"],
     ["tree", "_words"],
     ["batching", "blocks"],
-    ["objective"],
-    ["adapters", "gradients", "_sound"],
+    ["objective", "_sound"],
+    ["adapters", "gradients"],
     [
         "capture.views",
         "capture.rules",

@@ -104,7 +104,7 @@ def test_notebook_shows_one_line_for_each_kind_of_loop(notebook):
 
 def test_notebook_shows_passes_of_a_solve_in_one_line(notebook):
     inverse = ij.stream.invert(ij.Hessian, loss, PARAMS, BATCHES[:2], ij.CG(damping=1.0))
-    assert not notebook.shown  # nothing but the first batch was read
+    assert lines(notebook.shown[1]) == ["curvature 2/2"]  # for the losses
     influence = ij.Influence(loss, PARAMS, inverse)
     ij.stream.self_influences(influence, BATCHES[:3])
     first, second = lines(notebook.shown[1])
@@ -137,7 +137,7 @@ def test_notebook_bars_end_with_a_product(notebook, monkeypatch):
     monkeypatch.setattr(operators, "_added", stop)
     with pytest.raises(KeyboardInterrupt) as kept:
         inverse.mv(PARAMS)
-    assert lines(notebook.shown[1]) == ["curvature, stopped 1/4"]
+    assert lines(notebook.shown[1]) == ["curvature, pass 2, stopped 1/4"]
     assert kept.tb
 
 

@@ -14,7 +14,7 @@ from .. import tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from .._words import ask
-from ..batching import batch_size, check_key, check_positive
+from ..batching import as_batch, check_key, check_positive
 from ..gradients import all_or_nan, directional
 from ..objective import Objective, as_objective, floating_output
 from .exact import OverData
@@ -71,8 +71,8 @@ class Fisher(OverData):
         check_positive(self.samples, "samples")
         if self.key is not None or not isinstance(self.data, Keyed):
             key = check_key(self.key, "Fisher draws labels; in a recipe write functools.partial(Fisher, key=...)")
-            examples = self.data.example if isinstance(self.data, Keyed) else self.data
-            set_field(self, "data", Keyed(examples, example_keys(key, 0, batch_size(examples, "data"))))
+            examples = as_batch(self.data.example if isinstance(self.data, Keyed) else self.data, "data")
+            set_field(self, "data", Keyed(examples, example_keys(key, 0, tree.count(examples))))
         set_field(self, "key", None)
         OverData.__post_init__(self)
         require_split(as_objective(self.objective), "Fisher")

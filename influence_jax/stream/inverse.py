@@ -45,7 +45,8 @@ def invert(
     The recurrences are those of `influence_jax.invert`, and so are the results to rounding, with a loop on the host and
     one pass over the loader for each product with all right-hand sides.  `CG`, `BlockCG`, `LiSSA` read the data while
     solving, `BlockCG` least often; `Arnoldi`, `Nystrom`, `Direct`, `Eigh`, `kfac` and `ekfac` while fitting only, and
-    give an inverse that is all arrays and may be jitted.
+    give an inverse that is all arrays and may be jitted.  A loss that is not finite is refused: where fitting takes no
+    product, the loader is read once for the losses alone.
 
     Args:
       curvature: `(objective, params, batch) -> LinearOperator`: `GGN`, `Hessian`, `ekfac`, or a function of yours, also
