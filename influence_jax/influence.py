@@ -230,7 +230,7 @@ class Influence:
         return scores
 
     def from_factors_untold(self, factors: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
-        """Compute `influences_from_factors` of a batch of arrays, without warnings."""
+        """As `influences_from_factors`, of a batch of arrays and without warnings."""
         if is_by_block(factors, self.params):
             factors = join_whole(factors, self.params)
         tree.check_stack(factors, self.params, "factors")
