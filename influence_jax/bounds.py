@@ -13,10 +13,11 @@ import numpy as np
 from . import tree
 from ._mesh import compiled
 from ._typing import Array, PyTree
-from .batching import as_batch, chunk_for, map_chunks, map_over
+from .batching import as_batch, chunk_for, map_chunks
 from .blocks import select
 from .curvature import GGN, LinearOperator, Restricted, Scaled, Sum
 from .curvature.capabilities import wide_dtype
+from .curvature.exact import weighed
 from .curvature.fisher import MAX_OUTPUTS
 from .curvature.outputs import output_hessian, square_root
 from .curvature.per_example import row_count
@@ -76,9 +77,9 @@ def score_bounds(
     if lambda_min is not None and not _is_number(lambda_min):
         raise TypeError(f"lambda_min: got {lambda_min!r}, expected a number, or None")
     query, train = as_batch(query, "query"), as_batch(train, "train")
-    if influence.inverse.on_host:
-        return _bound_scores(influence, query, train, lambda_min)
-    scores, bounds, info = _score_bounds(influence, query, train, lambda_min)
+    run = _bound_scores if influence.inverse.on_host else _score_bounds
+    scores, bounds, info = run(influence, query, train, lambda_min)
+    influence.tell([scores], query, train)
     return scores, bounds, info
 
 
@@ -98,9 +99,10 @@ def _(op: GGN) -> Array:
     zero = jnp.zeros((), wide_dtype(op.params))
     if row_count(op) > MAX_OUTPUTS:
         return zero + jnp.nan
-    params = tree.promote(op.params)
+    params, (data, examples) = tree.promote(op.params), weighed(op)
     convex = lambda z: jnp.all(jnp.isfinite(square_root(output_hessian(op.split, params, z))))
-    return jnp.where(jnp.all(map_over(convex, op.data, chunk=op.chunk)), zero, jnp.nan)
+    all_convex = map_chunks(lambda part: jax.vmap(convex)(examples(part)), data, chunk=op.chunk)
+    return jnp.where(jnp.all(all_convex), zero, jnp.nan)
 
 
 @lower_bound.register

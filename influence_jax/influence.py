@@ -135,7 +135,7 @@ class Influence:
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
         scores = self._scores(query, train, mode, wrt)
-        self._tell([scores], query, train)
+        self.tell([scores], query, train)
         return scores
 
     def _scores(self, query: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
@@ -147,8 +147,8 @@ class Influence:
             return scores
         return self._from_factors(self.factors_untold(query), train, mode, wrt)
 
-    def _tell(self, scores: Sequence[PyTree], query: PyTree | None, train: PyTree) -> None:
-        """Warn about losses that are not finite behind scores, leaves `(Q, N, ...)`; those of blocks together."""
+    def tell(self, scores: Sequence[PyTree], query: PyTree | None, train: PyTree) -> None:
+        """Warn about losses of `query` and `train` behind `scores`, leaves `(Q, N, ...)`, those of blocks together."""
         for watch, batch, axis in ((self.query_watch(), query, 0), (self.train_watch(), train, 1)):
             if batch is not None:
                 watch.batch(look(scores, axis), batch)
@@ -226,7 +226,7 @@ class Influence:
         """
         train, mode = as_batch(train, "train"), as_mode(mode)
         scores = self.from_factors_untold(factors, train, mode, wrt)
-        self._tell([scores], None, train)
+        self.tell([scores], None, train)
         return scores
 
     def from_factors_untold(self, factors: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
@@ -324,7 +324,7 @@ class Influence:
         join_whole(factors, self.params)
         train, mode = as_batch(train, "train"), as_mode(mode)
         scores = self._from_factors_by_block(factors, train, mode, wrt)
-        self._tell(list(scores.values()), None, train)
+        self.tell(list(scores.values()), None, train)
         return scores
 
     def _from_factors_by_block(
@@ -364,7 +364,7 @@ class Influence:
             scores = OrderedDict((n, self.block(n)._scores(query, train, mode, wrt)) for n in self.block_names)
         else:
             scores = self._from_factors_by_block(self._factors_by_block(query, blocks), train, mode, wrt)
-        self._tell(list(scores.values()), query, train)
+        self.tell(list(scores.values()), query, train)
         return scores
 
     def self_influences(self, batch: PyTree) -> Array:
@@ -413,7 +413,7 @@ class Influence:
         objective = require_split(as_objective(self.objective), "token_influences")
         check_positions(objective, self.params, train)
         scores = by_position(objective, self.params, self.factors_untold(query), train, self.chunk, self.rhs_chunk)
-        self._tell([scores], query, train)
+        self.tell([scores], query, train)
         return scores
 
     def top_k(self, query: PyTree, train: PyTree, k: int) -> TopK:

@@ -228,8 +228,26 @@ EXAMPLES = [
     (
         "list of batches",
         lambda: ij.InfluenceFunctionModel(OBJECTIVE, PARAMS).fit([BATCH, BATCH]),
-        AttributeError,
-        ["predict", "at helpers.py:", "AttributeError", "0/x float64[5]", "ONE example"],
+        ValueError,
+        ["data: got a list of 2, each a Batch", "loader", "one batch", "influence_jax.stream", "numpy.concatenate"],
+    ),
+    (
+        "list of batches as queries",
+        lambda: INFLUENCE.influences([BATCH], BATCH),
+        ValueError,
+        ["query: got a list of 1, each a Batch", "loader", "influence_jax.stream"],
+    ),
+    (
+        "a block of an inverse that has none",
+        lambda: ij.Influence(OBJECTIVE, PARAMS, ij.Identity(PARAMS)).block("layers_9"),
+        ValueError,
+        ["name", "'layers_9'", "no blocks", "Blockwise", "blocks="],
+    ),
+    (
+        "targets that are NaN",
+        lambda: ij.invert(GGN_OF(ij.Batch(BATCH.x * np.nan, BATCH.y)), ij.CG(0.1)),
+        ValueError,
+        ["data: the loss of 9 of 9 examples", "first example 0 (nan)", "labels", "weight of zero"],
     ),
     (
         "arrays in a list for a model that wants a Batch",
