@@ -23,7 +23,7 @@ from ._sound import Seen, Watch, finite_gradients, look, number
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_positive, map_chunks
 from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
-from .curvature import Identity, LinearOperator
+from .curvature import Identity, LinearOperator, check_losses
 from .curvature.outputs import require_split
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
@@ -499,7 +499,10 @@ def report_sound(
     if info is None or isinstance(info.converged, jax.core.Tracer) or all_converged(info):
         return
     sound = finite_gradients(losses, params, batch)
-    report(info._replace(converged=info.converged | ~sound), inverse, throw)
+    info = info._replace(converged=info.converged | ~sound)
+    if isinstance(inverse, Inverse) and not all_converged(info):  # no knob of a solver would help
+        check_losses(inverse.op, gradients=True)
+    report(info, inverse, throw)
 
 
 def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:

@@ -283,6 +283,14 @@ def test_curvature_refuses_by_name(way):
         refusals()[way]()
 
 
+@pytest.mark.parametrize("solver", [ij.Direct(DAMPING), ij.BlockCG(DAMPING)])
+def test_a_solve_with_a_gradient_that_is_not_finite_names_it(solver):
+    objective, params, data, _ = CASES["norm at zero"]
+    influence = ij.Influence(objective, params, ij.invert(ij.EmpiricalFisher(objective, params, data), solver))
+    with pytest.raises(ValueError, match=r"data: the gradient of the loss of 2 of 14 .* first example 2 \(loss 0\)"):
+        influence.influences(rows(data, [0, 1]), rows(data, GOOD))
+
+
 def test_stores_refuse_by_name(tmp_path):
     data, influence = labelled(-100), ij.Influence(SOFTMAX, MATRIX, ij.Identity(MATRIX))
     match = r"loader: the loss of 1 of 5 examples .* first example 2 \(nan\)"

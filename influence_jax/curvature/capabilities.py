@@ -279,8 +279,12 @@ def trace_by_products(op: LinearOperator, key: Key | None) -> Array:
 
 
 @singledispatch
-def check_losses(op: Any) -> None:
+def check_losses(op: Any, *, gradients: bool = False) -> None:
     """Raise, on the host, if a loss in an operator's data is not finite; of another operator look at its parts.
+
+    Args:
+      op: The operator.
+      gradients: Whether to look at gradients, too.
 
     Raises:
       ValueError: Saying how many, and which is the first.
@@ -288,7 +292,7 @@ def check_losses(op: Any) -> None:
     is_part = lambda x: isinstance(x, LinearOperator) and x is not op
     for part in jax.tree.leaves(op, is_leaf=is_part):
         if isinstance(part, LinearOperator) and part is not op:
-            check_losses(part)
+            check_losses(part, gradients=gradients)
 
 
 def checked(op: Any) -> LinearOperator:

@@ -15,17 +15,18 @@ from .fisher import Keyed
 from .parts import is_part
 
 
-def unsound(op: OverData, start: int = 0) -> Unsound:
+def unsound(op: OverData, start: int = 0, *, gradients: bool = False) -> Unsound:
     """Look at the losses of examples that have weight; `start` is the place of the first in the whole data."""
+    expected = op.count if gradients else 0
     data = op.data.example if isinstance(op.data, Keyed) else op.data
     counted: Array | np.ndarray = np.ones(op.count, bool) if op.weights is None else jnp.asarray(op.weights) != 0
-    return find(as_objective(op.objective), op.params, data, counted=counted, start=start)
+    return find(as_objective(op.objective), op.params, data, counted=counted, start=start, expected=expected)
 
 
 @check_losses.register
-def _(op: OverData) -> None:
+def _(op: OverData, *, gradients: bool = False) -> None:
     if is_part() or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(op)):
         return
-    found = unsound(op)
-    if found.losses:
+    found = unsound(op, gradients=gradients)
+    if found.first is not None:
         raise refusal(found, "data")

@@ -245,7 +245,7 @@ class Inverse(LinearOperator):
 
 
 @check_losses.register
-def _(op: Inverse) -> None:
+def _(op: Inverse, *, gradients: bool = False) -> None:
     """Look at nothing: `invert` has."""
 
 

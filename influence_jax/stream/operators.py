@@ -259,7 +259,7 @@ def _divided(sums: Sequence[tuple[PyTree, Array]]) -> PyTree:
 
 
 @check_losses.register
-def _(op: Streamed) -> None:
+def _(op: Streamed, *, gradients: bool = False) -> None:
     if not op.source.sound:
         op.look()
 
