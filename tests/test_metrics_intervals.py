@@ -100,15 +100,16 @@ class TestSummary:
             keys = jax.random.split(key)
             masks = jax.random.bernoulli(keys[0], 0.5, (subsets, 12))
             noise = 0.5 * jax.random.normal(keys[1], (subsets, 4))
-            return masks, metrics.predicted_changes(scores, masks) * 12 + noise
+            return masks, metrics.predicted_changes(scores, masks, removal="sum") * 12 + noise
 
         scores = jax.random.normal(jax.random.key(2), (4, 12))
-        truth = jnp.mean(metrics.lds(scores, *outcome(jax.random.key(3), 20_000, scores), method="pearson"))
+        options = {"method": "pearson", "removal": "sum"}  # of twelve examples, now and then none is kept
+        truth = jnp.mean(metrics.lds(scores, *outcome(jax.random.key(3), 20_000, scores), **options))
 
         def covered(key):
             masks, outcomes = outcome(key, 40, scores)
             low, high = metrics.lds_summary(
-                scores, masks, outcomes, key=key, method="pearson", resamples=300, level=0.9
+                scores, masks, outcomes, key=key, resamples=300, level=0.9, **options
             ).over_subsets
             return (low < truth) & (truth < high)
 
