@@ -154,7 +154,7 @@ def positions(mask: Mask, example: PyTree) -> Array:
 
 def counted(masks: Sequence[OfUses], examples: PyTree) -> list[list[Array | None]]:
     """Return which positions count, `(B, T)` for each use of each layer, None where all do."""
-    fns = {fn for uses in masks for fn in uses if fn is not None}
+    fns = dict.fromkeys(fn for uses in masks for fn in uses if fn is not None)  # in the same order in every process
     known: dict[Mask | None, Array | None] = {fn: jax.vmap(partial(positions, fn))(examples) for fn in fns}
     return [[known.get(fn) for fn in uses] for uses in masks]
 
