@@ -232,8 +232,11 @@ def spoilt(values: PyTree, loss: Array) -> PyTree:
 
 
 def all_or_nan(losses: Array) -> Array:
-    """Return one if all losses are finite, else NaN: a factor for what is made of them together."""
-    return jnp.where(jnp.all(jnp.isfinite(losses)), 1, jnp.nan).astype(losses.dtype)
+    """Return one if all losses are finite, else NaN: a factor for what is made of them together.
+
+    A sum, which devices send together with those that it is a factor of.
+    """
+    return 1 + jnp.sum(jnp.where(jnp.isfinite(losses), 0, jnp.nan).astype(losses.dtype))
 
 
 def directional(fn: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree) -> tuple[PyTree, PyTree]:
