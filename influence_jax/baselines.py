@@ -6,15 +6,15 @@ The gradient dot product is `Influence(objective, params, Identity(params))`; th
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import tree
+from . import _reprs, tree
 from ._mesh import compiled
 from ._sound import Watch, look
 from ._typing import Array, LossFunction, PyTree
@@ -28,6 +28,9 @@ from .projections.base import check_projection
 from .solvers.damping import check_number
 
 __all__ = ["cosine", "negative_margin", "over_checkpoints", "relative", "tracin", "trak"]
+
+# Trees, or functions that read one, in an iterable; or one tree with leaves (T, *leaf).
+Checkpoints: TypeAlias = Any
 
 
 def cosine(influence: Influence, query: PyTree, train: PyTree) -> Array:
@@ -99,82 +102,78 @@ def _lengths(influence: Influence, batch: PyTree) -> Array:
 
 def over_checkpoints(
     scores: Callable[[PyTree], Array],
-    checkpoints: PyTree,
+    checkpoints: Checkpoints,
     weights: Sequence[float] | Array | np.ndarray | None = None,
 ) -> Array:
     r"""Scores at several parameters put together, $\sum_t \eta_t\, s(\theta_t)$, or their mean.
 
-    For ensembles of models trained from other seeds, and for checkpoints of one training.
+    For ensembles of models trained from other seeds, and for checkpoints of one training.  They are read one at a time,
+    and none is kept.  What else a checkpoint holds, such as batch statistics, the function has to take from it.
 
     Args:
       scores: Function of parameters, e.g. `lambda params: influence_at(params).influences(query, train)`.
-      checkpoints: A list of trees of parameters, or one tree with leaves `(T, *leaf)`, which is no list itself.
+      checkpoints: Trees of parameters, or functions without arguments that read one, in a list, a tuple or another
+        iterable; or one tree with leaves `(T, *leaf)`, which is no list or tuple itself.
       weights: $\eta_t$, T numbers; the mean if None.
 
     Returns:
       What the function returns, put together.
 
     Raises:
-      ValueError: If there are no checkpoints, or not as many weights.
+      TypeError: If `checkpoints` is nothing of that kind.
+      ValueError: If there are no checkpoints, or not as many weights, or a tuple can be read in both ways.
 
     Example:
       >>> import influence_jax as ij
       >>> ij.baselines.over_checkpoints(lambda params: params["w"] ** 2, {"w": jnp.array([1.0, 3.0])}).item()
       5.0
+      >>> read = lambda step: {"w": jnp.array(float(step))}  # of a disk
+      >>> checkpoints = (read(step) for step in (1, 3))
+      >>> ij.baselines.over_checkpoints(lambda params: params["w"] ** 2, checkpoints).item()
+      5.0
     """
-    models = checkpoints if type(checkpoints) is list else _unstacked(checkpoints)
-    if not models:
-        raise ValueError("checkpoints: got none, expected at least one tree of parameters")
     if not callable(scores):
         raise TypeError(f"scores: got a {type(scores).__name__}, expected a function of parameters")
-    shares = np.full(len(models), 1 / len(models)) if weights is None else _as_shares(weights, "weights", len(models))
-    parts = (share * scores(params) for share, params in zip(shares.tolist(), models, strict=True))
-    return functools.reduce(jnp.add, parts)
-
-
-def _as_shares(values: Any, name: str, count: int) -> np.ndarray:
-    shares = np.asarray(values)
-    if shares.shape != (count,):
-        raise ValueError(
-            f"{name}: got shape {shares.shape}, expected ({count},), one for each checkpoint; checkpoints are a list "
-            "of trees, or one tree with leaves (T, *leaf)"
-        )
-    if shares.dtype.kind not in "iuf" or not np.isfinite(shares).all():
-        raise ValueError(f"{name}: got {values}, expected finite numbers")
-    return shares
-
-
-def _unstacked(stack: PyTree) -> list[PyTree]:
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree.check_params(stack, "checkpoints"))}
-    if len(lengths) != 1 or () in lengths:
-        raise ValueError(
-            f"checkpoints: got leaves of leading axes {sorted(lengths)}, expected a list of trees, or one tree with "
-            "leaves (T, *leaf), as Training.checkpoints returns"
-        )
-    return [jax.tree.map(lambda x, t=t: x[t], stack) for t in range(lengths.pop()[0])]
+    items = _as_items(checkpoints, "checkpoints")
+    _check_one_reading(checkpoints, scores)
+    shares = None if weights is None else _as_shares(weights, "weights", _length(items))
+    total, count = _sum_over(scores, items, shares, "weights")
+    return total / count if weights is None else total
 
 
 def tracin(
     objective: Objective | LossFunction,
-    checkpoints: PyTree,
-    learning_rates: Sequence[float] | Array,
+    checkpoints: Checkpoints,
+    learning_rates: Sequence[float] | Array | float | Callable[[int], Any],
     query: PyTree,
     train: PyTree,
+    *,
+    steps: Sequence[int] | None = None,
+    constants: Any = None,
 ) -> Array:
     r"""TracIn, $\sum_t \eta_t\,\nabla f_q(\theta_t)^\top\nabla\ell_i(\theta_t)$ over checkpoints of a training.
 
+    Checkpoints are read one at a time, and none is kept: with orbax, `[lambda t=t: checkpointer.restore(folder / t) for
+    t in names]`.  Their leaves are matched with those of the first by their paths.
+
     Args:
       objective: Loss of one example.
-      checkpoints: Parameters of the training as it went, a list of trees or one tree with leaves `(T, *leaf)`.
-      learning_rates: $\eta_t$, T numbers; one that a checkpoint stands for k steps of, times k.
+      checkpoints: Parameters of the training as it went: trees, or functions without arguments that read one, in a
+        list, a tuple or another iterable; or one tree with leaves `(T, *leaf)`, which is no list or tuple itself.
+      learning_rates: $\eta_t$, T numbers, or one for all, or a schedule of optax, with `steps`; one that a checkpoint
+        stands for k steps of, times k.
       query: Leaves `(Q, ...)`.
       train: Leaves `(N, ...)`.
+      steps: At which step of the schedule each checkpoint was taken.
+      constants: Where the objective holds constants, such as the running statistics of batch norm, those of each
+        checkpoint, in the same forms as the checkpoints; or one tree, or `"shared"` for the objective's own, for all.
 
     Returns:
       `(Q, N)`; positive is helpful.
 
     Raises:
-      TypeError, ValueError: As `Influence`, and if there are not as many learning rates as checkpoints.
+      TypeError, ValueError: As `Influence`, and if there are not as many learning rates or constants as checkpoints, or
+        a tuple can be read in both ways, or constants are not said to be shared.
 
     Example:
       >>> import influence_jax as ij
@@ -185,10 +184,212 @@ def tracin(
 
     Reference: Pruthi et al. 2020, arXiv:2002.08484, eq. 1.
     """
-    count = len(checkpoints if type(checkpoints) is list else _unstacked(checkpoints))
-    rates = _as_shares(learning_rates, "learning_rates", count)
-    at = lambda params: Influence(objective, params, Identity(params)).influences(query, train)
-    return over_checkpoints(at, checkpoints, rates)
+    objective = as_objective(objective)
+    items = _as_items(checkpoints, "checkpoints")
+    count = _length(items)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), as_batch(train, "train"))
+    _check_one_reading(checkpoints, lambda params: jax.eval_shape(objective, params, one))
+    rates = _as_rates(learning_rates, steps, count)
+    given = _constants_of(objective, constants, count)
+    held, numbers, first = iter(given), itertools.count(), None
+
+    def at(params: PyTree) -> Array:
+        nonlocal first
+        first = tree.form(params) if first is None else first
+        params = first.matched(params, f"checkpoints[{next(numbers)}]", "the first checkpoint")
+        own = next(held, _END)
+        if own is _END:
+            raise ValueError("constants: got fewer trees than checkpoints, expected one for each")
+        here = objective if own is None else dataclasses.replace(objective, constants=own)
+        return Influence(here, params, Identity(params)).influences(query, train)
+
+    total, _ = _sum_over(at, items, rates, "learning_rates")
+    if not isinstance(given, itertools.repeat) and next(held, _END) is not _END:
+        raise ValueError("constants: got more trees than checkpoints, expected one for each")
+    return total
+
+
+_END = object()
+
+
+def _sum_over(
+    scores: Callable[[PyTree], Array], items: Iterable[Any], shares: Iterable[float] | None, name: str
+) -> tuple[Array, int]:
+    """Return the weighted sum of scores over the items, and how many these are; no item is held when one is read."""
+    iterator, weights = iter(items), itertools.repeat(1.0) if shares is None else iter(shares)
+    total, count = None, 0
+    while (item := next(iterator, _END)) is not _END:
+        share = next(weights, None)
+        if share is None:
+            raise ValueError(f"{name}: got {count} numbers, expected one for each checkpoint, of which there are more")
+        item = _read(item)
+        part = scores(item)
+        del item
+        part = part if shares is None else share * part
+        total, count = part if total is None else total + part, count + 1
+        jax.block_until_ready(total)  # the program that runs holds the parameters as well
+    if total is None:
+        raise ValueError("checkpoints: got none, expected at least one tree of parameters")
+    if shares is not None and not isinstance(shares, itertools.repeat) and next(weights, None) is not None:
+        raise ValueError(
+            f"{name}: got more numbers than checkpoints, of which there are {count}; expected one for each"
+        )
+    return total, count
+
+
+def _read(item: Any) -> PyTree:
+    """Return a tree, or what a function returns that stands for one."""
+    return item() if _is_function(item) else item
+
+
+def _is_function(item: Any) -> bool:
+    return callable(item) and jax.tree_util.all_leaves([item])
+
+
+class _Rows(Sequence):
+    """The trees whose leaves are the rows of those of a stack, made when they are asked for."""
+
+    def __init__(self, stack: PyTree, count: int) -> None:
+        self._stack, self._count = stack, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> PyTree:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return jax.tree.map(lambda x: x[number], self._stack)
+
+
+def _as_items(given: Any, name: str) -> Iterable[Any]:
+    """Return the trees that were given, one after another or as the rows of a stack."""
+    is_tree = hasattr(given, "dtype") or not jax.tree_util.all_leaves([given])
+    if isinstance(given, list | tuple) and not hasattr(given, "_fields"):
+        return given
+    if not is_tree and isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping):
+        return given
+    if not is_tree:
+        raise TypeError(
+            f"{name}: got a {type(given).__name__}, expected trees, or functions that read one, in a list or another "
+            "iterable, or one tree with leaves (T, *leaf)"
+        )
+    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(given)}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"{name}: got leaves of leading axes {sorted(lengths)}, expected a list of trees, or one tree with leaves "
+            "(T, *leaf), as Training.checkpoints returns; of a dict by step, give list(checkpoints.values())"
+        )
+    return _Rows(given, lengths.pop()[0])
+
+
+def _length(items: Iterable[Any]) -> int | None:
+    """Return how many there are, None if that is not known before all are read."""
+    return len(items) if isinstance(items, Sized) else None
+
+
+def _check_one_reading(checkpoints: Any, scores: Callable[[PyTree], Any]) -> None:
+    """Raise if a tuple is a sequence of checkpoints and the stacked leaves of parameters that are a tuple as well."""
+    if not isinstance(checkpoints, tuple) or hasattr(checkpoints, "_fields"):
+        return
+    lengths = {jnp.shape(leaf)[:1] if hasattr(leaf, "dtype") else () for leaf in jax.tree.leaves(checkpoints)}
+    if len(lengths) != 1 or () in lengths:
+        return
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), checkpoints)
+    try:
+        jax.eval_shape(scores, first)
+    except Exception:  # whatever a user's function makes of what it is not meant for
+        return
+    raise ValueError(
+        f"checkpoints: got a tuple that is read in two ways, as {len(checkpoints)} checkpoints and as the leaves "
+        f"(T, *leaf) of {lengths.pop()[0]}, whose parameters are a tuple; give a list of trees, list(checkpoints) or "
+        "[jax.tree.map(lambda x: x[t], checkpoints) for t in range(T)]"
+    )
+
+
+def _as_shares(values: Any, name: str, count: int | None) -> list[float]:
+    """Return the numbers, checked to be one for each checkpoint as far as it is known how many these are."""
+    shares = np.asarray(values)
+    expected = (len(shares) if count is None and shares.ndim == 1 else count,)
+    if shares.shape != expected:
+        raise ValueError(
+            f"{name}: got shape {shares.shape}, expected {expected}, one for each checkpoint; checkpoints are a list "
+            "of trees, or one tree with leaves (T, *leaf)"
+        )
+    if shares.dtype.kind not in "iuf" or not np.isfinite(shares).all():
+        raise ValueError(f"{name}: got {values}, expected finite numbers")
+    return shares.tolist()
+
+
+def _as_rates(rates: Any, steps: Any, count: int | None) -> Iterable[float]:
+    """Return the learning rate of each checkpoint."""
+    if callable(rates):
+        if steps is None:
+            raise ValueError(
+                "learning_rates: got a schedule, expected with it steps=, the step that each checkpoint was taken at, "
+                "e.g. steps=[0, 100, 200]; or the numbers themselves"
+            )
+        return _as_shares([np.asarray(rates(step)) for step in _as_steps(steps, count)], "learning_rates", count)
+    if steps is not None:
+        raise ValueError("steps: given without a schedule; drop them, or pass a schedule as learning_rates")
+    if np.ndim(rates) > 0:
+        return _as_shares(rates, "learning_rates", count)
+    return itertools.repeat(_as_shares([rates], "learning_rates", 1)[0])
+
+
+def _as_steps(steps: Any, count: int | None) -> list[int]:
+    """Return the steps of the checkpoints, checked to be counted from 0."""
+    numbers = np.asarray(steps)
+    if numbers.ndim != 1 or (count is not None and len(numbers) != count):
+        raise ValueError(f"steps: got shape {numbers.shape}, expected ({count or 'T'},), one for each checkpoint")
+    if numbers.dtype.kind not in "iu" or (numbers < 0).any():
+        raise ValueError(f"steps: got {steps}, expected ints from 0 on")
+    return numbers.tolist()
+
+
+def _constants_of(objective: Any, given: Any, count: int | None) -> Iterable[Any]:
+    """Yield the constants of each checkpoint; None where they are the objective's own."""
+    own = getattr(objective, "constants", None)
+    changing = [name for name, _ in tree.named_leaves(_without_random_state(own))]
+    if isinstance(given, str) and given == "shared":
+        return itertools.repeat(None)
+    if given is None:
+        if changing and count != 1:
+            raise ValueError(
+                f"constants: the objective holds {_reprs.some(changing)}, which training may change, as it does the "
+                "running statistics of batch norm, so those of one checkpoint are wrong at the others; pass "
+                "constants=[...], a tree for each checkpoint (for from_linen its variables without 'params', for "
+                'from_nnx its state without nnx.Param), or constants="shared" if training does not change them'
+            )
+        return itertools.repeat(None)
+    if own is None or isinstance(given, str):
+        expected = (
+            "none, for the objective holds none" if own is None else 'trees, one for each checkpoint, or "shared"'
+        )
+        raise TypeError(
+            f"constants: got {given if isinstance(given, str) else type(given).__name__}, expected {expected}"
+        )
+    return _matched_constants(tree.form(own), given, count)
+
+
+def _matched_constants(form: tree.Form, given: Any, count: int | None) -> Iterable[Any]:
+    """Return the constants of each checkpoint, in the form of the objective's."""
+    items = given
+    if not isinstance(given, list | tuple):
+        try:
+            return itertools.repeat(form.matched(given, "constants", "the objective"))
+        except (ValueError, TypeError):  # not one tree for all
+            items = _as_items(given, "constants")
+    length = _length(items)
+    if None not in (length, count) and length != count:
+        raise ValueError(f'constants: got {length} trees, expected {count}, one for each checkpoint; or "shared"')
+    match = lambda number, item: form.matched(_read(item), f"constants[{number}]", "the objective")
+    return itertools.starmap(match, enumerate(items))
+
+
+def _without_random_state(constants: PyTree) -> PyTree:
+    """Return the constants, without the keys and counters that flax.nnx keeps for dropout."""
+    own = lambda node: any(kind.__name__ == "RngState" and "flax" in kind.__module__ for kind in type(node).__mro__)
+    return jax.tree.map(lambda node: None if own(node) else node, constants, is_leaf=own)
 
 
 def trak(
