@@ -18,7 +18,13 @@ from jax import lax
 
 from . import tree
 from ._typing import Array, Key, PyTree
+from ._words import ask
 from .objective import LossOnly, Objective
+
+PLAIN = (
+    "its update is given value=, grad= and value_fn= as well, and params as the objective takes them; an optimizer "
+    "that wants params of its own kind, such as optax.lookahead, is not for this training"
+)
 
 
 class State(NamedTuple):
@@ -50,8 +56,10 @@ def step(
     """One step of the optimizer on `loss(batch, weights, params)`, or none where there is no weight."""
     on_batch = partial(loss, batch, weights)
     value, slope = jax.value_and_grad(on_batch)(state.params)
-    update = optax.with_extra_args_support(optimizer).update
-    change, changed = update(slope, state.optimizer, state.params, value=value, grad=slope, value_fn=on_batch)
+    extra = {"value": value, "grad": slope, "value_fn": on_batch}
+    update = partial(optax.with_extra_args_support(optimizer).update, **extra)
+    given = {"gradient": slope, "state": state.optimizer, "params": state.params}
+    change, changed = ask("optimizer", update, given, PLAIN)
     stepped = State(optax.apply_updates(state.params, change), changed)
     return jax.tree.map(partial(jnp.where, jnp.any(weights > 0)), stepped, state)
 

@@ -200,7 +200,8 @@ def tracin(
         own = next(held, _END)
         if own is _END:
             raise ValueError("constants: got fewer trees than checkpoints, expected one for each")
-        here = objective if own is None else dataclasses.replace(objective, constants=own)
+        theirs = isinstance(objective, Objective) and own is not None
+        here = dataclasses.replace(objective, constants=own) if theirs else objective
         return Influence(here, params, Identity(params)).influences(query, train)
 
     total, _ = _sum_over(at, items, rates, "learning_rates")

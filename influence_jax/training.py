@@ -29,7 +29,7 @@ WHY_KEY = "a training draws the order of its examples, and its start where param
 
 def training(
     objective: Objective | LossFunction,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     params: PyTree | Callable[[Key], PyTree],
     data: PyTree,
     *,
@@ -48,7 +48,8 @@ def training(
 
     Args:
       objective: Loss of a training example: an `Objective` or a bare `f(params, example) -> scalar`.
-      optimizer: From optax, schedules and chains included.  Static: make it once, for another one compiles again.
+      optimizer: From optax, schedules, chains and `MultiSteps` included.  Static: make it once, for another one
+        compiles again.
       params: The start, leaves `(*leaf)`, or a function `key -> params` that draws it.
       data: Leaves `(N, ...)`.
       epochs: How often to go through the data.
@@ -80,6 +81,8 @@ def training(
     check_number(penalty, "penalty")
     if not isinstance(batches, str) or batches not in BATCHES:
         raise ValueError(f"batches: got {batches!r}, expected one of {list(BATCHES)}")
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer: got a {type(optimizer).__name__}, expected one from optax, such as optax.sgd(0.1)")
     for part in (optimizer.init, optimizer.update):

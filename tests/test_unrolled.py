@@ -82,6 +82,45 @@ def rows(stack):
     return [structure.unflatten(row) for row in zip(*leaves, strict=True)]
 
 
+FLAGS = jax.tree.map(lambda x: x.ndim > 1, PARAMS)
+WRAPPERS = {
+    "several batches": optax.MultiSteps(optax.sgd(0.4, momentum=0.9), 2, accumulator_dtype=jnp.float64),
+    "more and more batches": optax.MultiSteps(optax.adam(0.05), lambda n: 1 + n % 3, accumulator_dtype=jnp.float64),
+    "finite batches": optax.MultiSteps(optax.sgd(0.4), 2, should_skip_update_fn=optax.skip_not_finite),
+    "finite": optax.apply_if_finite(optax.sgd(0.4), 2),
+    "injected": optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.01, 9)),
+    "masked": optax.masked(optax.sgd(0.4, momentum=0.9), FLAGS),
+}
+
+
+# Of what optax keeps in float32, whatever the parameters are: sums of gradients and injected numbers.
+TOLERANCES = {"finite batches": 1e-6, "injected": 1e-6}
+
+
+class TestWrappers:
+    """Optimizers made of others, which count, skip and accumulate, train as in a loop of optax's own."""
+
+    @pytest.mark.parametrize("wrapper", WRAPPERS)
+    def test_trains_as_in_a_loop(self, wrapper):
+        optimizer = WRAPPERS[wrapper]
+        with jax.numpy_dtype_promotion("standard"):
+            expected = reference(optimizer, 4, MASKS[1].astype(float), own=True)
+            assert tree_error(made(optimizer, 4)(MASKS[1], KEY), expected) < TOLERANCES.get(wrapper, 1e-12)
+
+    def test_derivative(self):
+        train = made(WRAPPERS["several batches"], 4, batches="shared", epochs=2)
+        with jax.numpy_dtype_promotion("standard"):
+            scores = unrolled.influences(train, QUERY, key=KEY)
+            losses = lambda weights: jax.vmap(CLASSIFICATION, (None, 0))(train(weights, KEY), QUERY)
+            step = 1e-5 * np.eye(COUNT)[3]
+            expected = -COUNT * (losses(ONES + step) - losses(ONES - step)) / 2e-5
+        assert relative_error(scores[:, 3], expected) < 1e-7
+
+    def test_one_that_wants_parameters_of_its_own_kind(self):
+        with pytest.raises(AttributeError, match=r"optimizer: .*failed with AttributeError.*such as optax.lookahead"):
+            made(optax.lookahead(optax.sgd(0.1), 5, 0.5))(ONES, KEY)
+
+
 class TestMaskedTraining:
     @pytest.mark.parametrize(
         ("optimizer", "batch_size"), mainly(CASES, ("sgd", 4), ("momentum", None), ("adam", 4), ("schedule", 4))
