@@ -24,7 +24,19 @@ class TestScores:
 
     @pytest.mark.parametrize(
         "key",
-        [0, -1, np.s_[1, 2], np.s_[:, 5], np.s_[1:4, 3:11], np.s_[::-1, ::-3], np.s_[4:1:-2, -3:], np.s_[2:2, :], ...],
+        [
+            0,
+            -1,
+            np.s_[1, 2],
+            np.s_[:, 5],
+            np.s_[1:4, 3:11],
+            np.s_[::-1, ::-3],
+            np.s_[4:1:-2, -3:],
+            np.s_[2:2, :],
+            np.s_[[0, 3]],
+            np.s_[1, [16, 2, 2]],
+            ...,
+        ],
     )
     def test_indices_are_those_of_numpy(self, tmp_path, key):
         store = ScoreStore.open(written(tmp_path / "s"))

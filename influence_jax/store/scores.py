@@ -197,23 +197,34 @@ class ScoreStore(GrowingStore):
 
     def __getitem__(self, key: Any) -> np.ndarray:
         keys = key if isinstance(key, tuple) else (key,)
-        if len(keys) > 2 or not all(isinstance(part, slice | int | np.integer) for part in keys):
-            raise TypeError(f"got the index {key!r}, expected ints or slices, of queries and of training examples")
+        lists = [isinstance(part, list | np.ndarray) for part in keys]
+        if len(keys) > 2 or sum(lists) > 1 or not all(map(_is_index, keys)):
+            raise TypeError(
+                f"got the index {key!r}, expected ints or slices, of queries and of training examples, or one list "
+                "of ints"
+            )
         keys += (slice(None),) * (2 - len(keys))
-        places = [range(length)[part] for part, length in zip(keys, self.shape, strict=True)]
-        wanted = [part if isinstance(part, range) else range(part, part + 1) for part in places]
-        touched = [sorted({place // size for place in part}) for part, size in zip(wanted, self._chunks(), strict=True)]
+        places = [np.arange(length)[part] for part, length in zip(keys, self.shape, strict=True)]
+        wanted = [np.atleast_1d(part) for part in places]
+        touched = [np.unique(part // size) for part, size in zip(wanted, self._chunks(), strict=True)]
         out = np.empty([len(part) for part in wanted], self.dtype)
-        for index in itertools.product(*touched):
+        for index in itertools.product(*(part.tolist() for part in touched)):
             block, scores = self._read_whole(index)
             overlaps = [_overlap(part, along) for part, along in zip(wanted, block, strict=True)]
             into, taken = zip(*overlaps, strict=True)
             out[np.ix_(*into)] = scores[np.ix_(*taken)]
-        return out[tuple(slice(None) if isinstance(part, range) else 0 for part in places)]
+        return out[tuple(slice(None) if part.ndim else 0 for part in places)]
 
 
-def _overlap(places: range, block: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the places lie in the block, and where in it."""
-    all_places = np.arange(places.start, places.stop, places.step)
-    inside = np.flatnonzero((all_places >= block.start) & (all_places < block.stop))
-    return inside, all_places[inside] - block.start
+def _is_index(part: Any) -> bool:
+    """Tell whether it is an int, a slice, or a list of ints or truth values."""
+    if isinstance(part, list | np.ndarray):
+        array = np.asarray(part)
+        return array.ndim == 1 and (array.dtype.kind in "biu" or array.size == 0)
+    return isinstance(part, slice | int | np.integer)
+
+
+def _overlap(places: np.ndarray, block: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of the places lie in the block, and where in it."""
+    inside = np.flatnonzero((places >= block.start) & (places < block.stop))
+    return inside, places[inside] - block.start

@@ -10,7 +10,6 @@ import dataclasses
 import enum
 import functools
 import hashlib
-import itertools
 import re
 import sys
 import types
@@ -31,8 +30,6 @@ from .processes import agree, to_host
 
 # Parameters of primitives that change neither numbers nor their order: names, and where arrays are.
 SILENT = re.compile(r"name|debug\w*|\w*sharding\w*|\w*layouts?|ctx_mesh|memory_kind")
-# Equations without a result that anybody reads.
-TOLD = ("debug_callback", "debug_print")
 # Entries up to which a constant is written out, and how many constants are kept for messages.
 SHOWN, LISTED = 6, 256
 
@@ -50,8 +47,7 @@ def traced(fn: Callable[..., Any], given: PyTree, *abstract: PyTree, **about: st
       `{"program": hash, "constants": hash, "about": {"constants": [...]}}`, the last for messages.
     """
     walk = _Walk()
-    walk.function_of(fn, given, *abstract)
-    return walk.identity(**about)
+    return walk.identity(walk.function_of(fn, given, *abstract), about)
 
 
 def of_loss(objective: Any, params: PyTree, examples: PyTree) -> dict[str, Any]:
@@ -73,8 +69,7 @@ def of_inverse(inverse: Any, params: PyTree) -> dict[str, Any]:
         except TypeError:  # computes on the host in a way of its own
             pass
     walk = _Walk()
-    walk.value(inverse)
-    return walk.identity(**about)
+    return walk.identity(walk.value(inverse), about)
 
 
 def _product(op: Any, vector: PyTree) -> PyTree:
@@ -97,6 +92,13 @@ def named(thing: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
+class _Hash(NamedTuple):
+    """Of a value within a computation: how it is made, and the same with the entries of the constants it is made of."""
+
+    program: bytes
+    whole: bytes
+
+
 class _Constant(NamedTuple):
     """An operand whose value is known, and its name where it has one."""
 
@@ -104,25 +106,37 @@ class _Constant(NamedTuple):
     name: str = ""
 
 
+def _hash(*parts: str | _Hash) -> _Hash:
+    """The hash of what is made of parts, in order."""
+    pairs = [part if isinstance(part, _Hash) else _Hash(part.encode(), part.encode()) for part in parts]
+    return _Hash(_joined(pair.program for pair in pairs), _joined(pair.whole for pair in pairs))
+
+
+def _joined(parts: Iterable[bytes]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(4, "little") + part)
+    return digest.digest()
+
+
 class _Walk:
-    """A computation written down in one way: variables by number, constants apart."""
+    """The way through a computation, on which every value gets its hash.
+
+    That of a result is made of the primitive, its parameters and the hashes of its operands, so that neither the order
+    of equations nor what nobody uses decides anything.
+    """
 
     def __init__(self) -> None:
-        self._program, self._values = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-        self._numbers = itertools.count()
         self._listed: list[str] = []
-        self._known: dict[int, tuple[Any, str, bytes]] = {}  # by address, with what is there
+        self._known: dict[int, tuple[Any, str, _Hash]] = {}  # of constants by address, with what is there
         self._open: set[int] = set()
 
-    def identity(self, **about: str) -> dict[str, Any]:
+    def identity(self, found: _Hash, about: Mapping[str, str]) -> dict[str, Any]:
         told = {**about, "constants": self._listed[:LISTED]}
-        return {"program": self._program.hexdigest(), "constants": self._values.hexdigest(), "about": told}
+        return {"program": found.program.hex(), "constants": found.whole.hex(), "about": told}
 
-    def say(self, *words: Any) -> None:
-        self._program.update("".join(f"{word}\0" for word in words).encode())
-
-    def function_of(self, fn: Callable[..., Any], given: PyTree, *abstract: PyTree) -> None:
-        """Write down what `fn(given, *abstract)` computes."""
+    def function_of(self, fn: Callable[..., Any], given: PyTree, *abstract: PyTree) -> _Hash:
+        """Return the hash of what `fn(given, *abstract)` computes."""
         leaves, structure = jax.tree.flatten(given)
         names = [name for name, _ in tree.named_leaves(given)]
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
@@ -134,160 +148,135 @@ class _Walk:
             return fn(structure.unflatten(whole), *arguments)
 
         closed = jax.make_jaxpr(program)([shape_of(leaves[i]) for i in places], *abstract)
-        known = [_Constant(leaves[i], names[i]) for i in places]
-        free = [self._fresh() for _ in opened(closed).invars[len(places) :]]
-        self._operands(self.jaxpr(closed, [*known, *free]))
+        known = [self._constant(_Constant(leaves[i], names[i])) for i in places]
+        return _hash(*self._results(closed, known))
 
-    def jaxpr(self, closed: Any, operands: Sequence[Any]) -> list[Any]:
-        """Write down the equations of a jaxpr on given operands; returns what its results are called."""
+    def _results(self, closed: Any, given: Sequence[_Hash] = ()) -> list[_Hash]:
+        """Return the hashes of what a jaxpr gives, on some operands that are known and others that are not."""
+        free = [_hash("input", str(i), self.value(v.aval)) for i, v in enumerate(opened(closed).invars[len(given) :])]
+        return self._run(closed, [*given, *free])
+
+    def _run(self, closed: Any, operands: Sequence[_Hash]) -> list[_Hash]:
         jaxpr = opened(closed)
-        values = map(_Constant, constants(closed))
+        values = [self._constant(_Constant(value)) for value in constants(closed)]
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*values, *operands], strict=True))
         for equation in jaxpr.eqns:
-            if equation.primitive.name not in TOLD:
-                env.update(zip(equation.outvars, self._equation(equation, _read(equation.invars, env)), strict=True))
-        return _read(jaxpr.outvars, env)
+            env.update(zip(equation.outvars, self._equation(equation, self._read(equation.invars, env)), strict=True))
+        return self._read(jaxpr.outvars, env)
 
-    def _equation(self, equation: Any, operands: list[Any]) -> list[Any]:
-        """Write down an equation; a call is what it calls, for where it is called decides nothing."""
+    def _read(self, variables: Iterable[Any], env: Mapping[Any, _Hash]) -> list[_Hash]:
+        """Return the hashes of variables; a number that is written into an equation is a constant."""
+        literal = lambda it: self._constant(_Constant(np.asarray(it.val, it.aval.dtype)))
+        return [literal(variable) if is_literal(variable) else env[variable] for variable in variables]
+
+    def _equation(self, equation: Any, operands: list[_Hash]) -> list[_Hash]:
+        """Return the hashes of results; a call is what it calls, for where that is written decides nothing."""
         inner = called(equation) or replaced(equation)
         if inner is not None and len(opened(inner).invars) == len(operands):
-            return self.jaxpr(inner, operands)
-        self.say("do", equation.primitive.name)
-        self._operands(operands)
-        for name in sorted(equation.params):
-            if not SILENT.fullmatch(name):
-                self.say(name)
-                self.value(equation.params[name])
-        for variable in equation.outvars:
-            self.value(variable.aval)
-        return [self._fresh() for _ in equation.outvars]
+            return self._run(inner, operands)
+        names = [name for name in sorted(equation.params) if not SILENT.fullmatch(name)]
+        settings = [part for name in names for part in (name, self.value(equation.params[name]))]
+        made = _hash(equation.primitive.name, *settings, "of", *operands)
+        return [_hash(made, str(i), self.value(v.aval)) for i, v in enumerate(equation.outvars)]
 
-    def _fresh(self) -> str:
-        return f"v{next(self._numbers)}"
-
-    def _operands(self, operands: Iterable[Any]) -> None:
-        for operand in operands:
-            if isinstance(operand, _Constant):
-                self._constant(operand)
-            else:
-                self.say(operand)
-
-    def _constant(self, constant: _Constant) -> None:
-        """Write down that there is one, and apart from that its entries."""
+    def _constant(self, constant: _Constant) -> _Hash:
         value = constant.value
         if id(value) not in self._known:
-            self._known[id(value)] = (value, *_content(value))
-        _, text, entries = self._known[id(value)]
-        self.say("constant", text.split(" ")[0])
-        self._values.update(entries)
-        self._listed.append(f"{constant.name} {text}".strip())
+            kind, told, entries = _content(value)
+            shown = f"{constant.name} {kind} {told}".strip()
+            self._known[id(value)] = (value, shown, _Hash(kind.encode(), entries))
+        _, shown, found = self._known[id(value)]
+        self._listed.append(shown)
+        return found
 
-    def value(self, thing: Any) -> None:
-        """Write down whatever else a computation is made of."""
+    def value(self, thing: Any) -> _Hash:
+        """Return the hash of whatever else a computation is made of."""
         if thing is None or isinstance(thing, bool | int | float | complex | str | bytes):
-            self.say(type(thing).__name__, repr(thing))
-        elif isinstance(thing, jax.Array | np.ndarray | np.generic):
-            self._constant(_Constant(thing))
-        elif id(thing) in self._open:
-            self.say("again")
-        else:
-            self._open.add(id(thing))
-            self._compound(thing)
+            return _hash(type(thing).__name__, repr(thing))
+        if isinstance(thing, jax.Array | np.ndarray | np.generic):
+            return self._constant(_Constant(thing))
+        if id(thing) in self._open:
+            return _hash("again")
+        self._open.add(id(thing))
+        try:
+            return self._compound(thing)
+        finally:
             self._open.discard(id(thing))
 
-    def _compound(self, thing: Any) -> None:
+    def _compound(self, thing: Any) -> _Hash:
         if hasattr(opened(thing), "eqns"):
-            self.say("jaxpr")
-            self._operands(self.jaxpr(thing, [self._fresh() for _ in opened(thing).invars]))
-            return
-        for kind, write in WRITTEN.items():
+            return _hash("jaxpr", *self._results(thing))
+        for kind, hashed in HASHED.items():
             if isinstance(thing, kind):
-                write(self, thing)
-                return
+                return hashed(self, thing)
         if hasattr(thing, "shape") and hasattr(thing, "dtype"):  # of a variable
-            self.say("array", thing.dtype, thing.shape)
-        elif callable(getattr(thing, "__wrapped__", None)):
-            self.value(thing.__wrapped__)
-        else:
-            self._object(thing)
+            return _hash("array", str(thing.dtype), str(thing.shape))
+        if callable(getattr(thing, "__wrapped__", None)):
+            return self.value(thing.__wrapped__)
+        return self._object(thing)
 
-    def _object(self, thing: Any) -> None:
-        """Write down an object by what it holds, and what calling it does."""
-        self.say("object", type(thing).__name__)
-        if callable(thing) and not _is_library(type(thing)):
-            self.value(type(thing).__call__)
-        for name, part in sorted(_parts(thing).items()):
-            self.say(name)
-            self.value(part)
+    def _object(self, thing: Any) -> _Hash:
+        """Return the hash of an object: of what it holds, and what calling it does."""
+        own = callable(thing) and not _is_library(type(thing))
+        called_by = [self.value(type(thing).__call__)] if own else []
+        held = [part for name, value in sorted(_parts(thing).items()) for part in (name, self.value(value))]
+        return _hash("object", type(thing).__name__, *called_by, *held)
 
-    def _items(self, things: Iterable[Any]) -> None:
-        things = list(things)
-        self.say("items", len(things))
-        for thing in things:
-            self.value(thing)
+    def items(self, things: Iterable[Any]) -> _Hash:
+        """Return the hash of a sequence."""
+        return _hash("items", *map(self.value, things))
 
-    def _set(self, things: Iterable[Any]) -> None:
-        """Write down what is in it; the order is that of hashes, which differs from run to run."""
-        walks = [_Walk() for _ in things]
-        for walk, thing in zip(walks, things, strict=True):
-            walk.value(thing)
-        self._items(sorted(str(walk.identity()) for walk in walks))
+    def unordered(self, things: Iterable[Any]) -> _Hash:
+        """Return the hash of what comes in the order of Python's hashes, which differs from run to run."""
+        return _hash("set", *sorted(map(self.value, things)))
 
-    def _function(self, fn: types.FunctionType) -> None:
-        """Write down a function that is called on the host, by what it does and what it reads."""
+    def function(self, fn: types.FunctionType) -> _Hash:
+        """Return the hash of a function that is called on the host: of what it does and what it reads."""
         if _is_library(fn):
-            self.say("function", fn.__module__, fn.__qualname__)
-            return
-        self._items([fn.__code__, fn.__defaults__, fn.__kwdefaults__])
-        self._items(cell.cell_contents for cell in fn.__closure__ or () if _is_filled(cell))
+            return _hash("function", fn.__module__, fn.__qualname__)
         read = [fn.__globals__[name] for name in _names(fn.__code__) if name in fn.__globals__]
-        self._items(value for value in read if not isinstance(value, types.ModuleType | type))
+        values = [value for value in read if not isinstance(value, types.ModuleType | type)]
+        cells = [cell.cell_contents for cell in fn.__closure__ or () if _is_filled(cell)]
+        return self.items([fn.__code__, fn.__defaults__, fn.__kwdefaults__, cells, values])
 
-    def _streamed(self, op: Streamed) -> None:
-        """Write down curvature over a loader: the operator on a batch, and all data."""
+    def streamed(self, op: Streamed) -> _Hash:
+        """Return the hash of curvature over a loader: of the operator on a batch, and of all data."""
         product = lambda op, batch, vector: _product(op.on(batch, 0), vector)
-        self.function_of(product, op, jax.tree.map(shape_of, op.source.head()), _vector(op.space))
+        made = self.function_of(product, op, jax.tree.map(shape_of, op.source.head()), _vector(op.space))
         told = _data(op.source)
-        self._values.update(told.encode())
         self._listed.append(told)
+        return _hash(made, _Hash(b"data", told.encode()))
 
 
-# How to write down what is no tree of JAX, and no array; the first kind that fits.
-WRITTEN: dict[Any, Callable[[_Walk, Any], None]] = {
-    Streamed: _Walk._streamed,
-    types.FunctionType: _Walk._function,
-    types.MethodType: lambda walk, method: walk._items([method.__self__, method.__func__]),
-    functools.partial: lambda walk, made: walk._items([made.func, made.args, made.keywords]),
-    types.CodeType: lambda walk, code: walk._items([code.co_code, code.co_names, code.co_consts]),
-    types.BuiltinFunctionType | np.ufunc: lambda walk, fn: walk.say("function", getattr(fn, "__name__", "")),
-    types.ModuleType | type: lambda walk, it: walk.say("named", it.__name__),
-    enum.Enum: lambda walk, it: walk.say(type(it).__name__, it.name),
-    np.dtype: lambda walk, dtype: walk.say("dtype", dtype),
-    jax.tree_util.PyTreeDef: lambda walk, structure: walk.say("leaves", structure.num_leaves),
-    jax.sharding.Mesh | jax.sharding.AbstractMesh: lambda walk, mesh: walk.say("mesh", *mesh.shape.items()),
-    jax.sharding.Sharding: lambda walk, _: walk.say("sharding"),
-    jax.sharding.PartitionSpec: lambda walk, spec: walk.say("spec", *spec),
-    Mapping: lambda walk, it: walk._items(sorted(it.items(), key=lambda pair: str(pair[0]))),
-    set | frozenset: _Walk._set,
-    list | tuple: _Walk._items,
+# How to hash what is no tree of JAX, and no array; the first kind that fits.
+HASHED: dict[Any, Callable[[_Walk, Any], _Hash]] = {
+    Streamed: _Walk.streamed,
+    types.FunctionType: _Walk.function,
+    types.MethodType: lambda walk, method: walk.items([method.__self__, method.__func__]),
+    functools.partial: lambda walk, made: walk.items([made.func, made.args, made.keywords]),
+    types.CodeType: lambda walk, code: walk.items([code.co_code, code.co_names, code.co_consts]),
+    types.BuiltinFunctionType | np.ufunc: lambda _, fn: _hash("function", fn.__name__),
+    types.ModuleType | type: lambda _, it: _hash("named", it.__name__),
+    enum.Enum: lambda _, it: _hash(type(it).__name__, it.name),
+    np.dtype: lambda _, dtype: _hash("dtype", str(dtype)),
+    jax.tree_util.PyTreeDef: lambda _, structure: _hash("leaves", str(structure.num_leaves)),
+    jax.sharding.Mesh | jax.sharding.AbstractMesh: lambda _, mesh: _hash("mesh", str(dict(mesh.shape))),
+    jax.sharding.Sharding: lambda _, it: _hash("sharding"),
+    jax.sharding.PartitionSpec: lambda _, spec: _hash("spec", str(tuple(spec))),
+    Mapping: lambda walk, it: walk.items(sorted(it.items(), key=lambda pair: str(pair[0]))),
+    set | frozenset: _Walk.unordered,
+    list | tuple: _Walk.items,
 }
 
 
-def _read(variables: Iterable[Any], env: Mapping[Any, Any]) -> list[Any]:
-    """What variables are called; a number that is written into an equation is a constant."""
-    literal = lambda it: _Constant(np.asarray(it.val, it.aval.dtype))
-    return [literal(variable) if is_literal(variable) else env[variable] for variable in variables]
-
-
-def _content(value: Any) -> tuple[str, bytes]:
-    """A constant in words, and a hash of its entries."""
+def _content(value: Any) -> tuple[str, str, bytes]:
+    """Return dtype and shape of a constant, its entries in words, and a hash of them."""
     is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
     kind, array = entries_of(value if is_key or not isinstance(value, jax.Array) else to_host(value), "constant")
     digest = hashlib.blake2b(f"{kind}{array.shape}".encode(), digest_size=16)
     digest.update(raw_bytes(array))
     told = str(array.tolist()) if array.size <= SHOWN else digest.hexdigest()
-    return f"{kind}[{','.join(map(str, array.shape))}] {told}", digest.digest()
+    return f"{kind}[{','.join(map(str, array.shape))}]", told, digest.digest()
 
 
 def _data(source: Blocks) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -54,6 +54,8 @@ def reiterable(data: Any, name: str) -> Iterable[PyTree]:
             f"{name}: got the one-shot iterator {data!r}, which cannot be read twice; pass a list, an object whose "
             "__iter__ starts anew, or a function that makes the iterator, e.g. lambda: generate(path)"
         )
+    if isinstance(data, Mapping):
+        batch_size(as_dicts(data), name)  # says which of its leaves is no array
     if callable(data) and not isinstance(data, Iterable):
         return _Generator(data, name)
     if not isinstance(data, Iterable):

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import tree
 from .._typing import Array, PyTree
-from ..batching import batch_size as length, check_positive
+from ..batching import as_dicts, batch_size as length, check_positive
 
 
 def connect(
@@ -128,6 +128,7 @@ def share(data: Any, batch_size: int) -> Any:
     """
     processes, mine = jax.process_count(), jax.process_index()
     check_positive(batch_size, "batch_size")
+    data = as_dicts(data)
     length(data, "data")
     if batch_size % processes:
         raise ValueError(f"batch_size: got {batch_size}, expected a multiple of the {processes} processes")
