@@ -60,9 +60,7 @@ def predict(params, example: ij.Batch) -> jax.Array:
     return hidden @ params["last"]["kernel"] + params["last"]["bias"]
 
 
-def cross_entropy(logits: jax.Array, example: ij.Batch) -> jax.Array:
-    """The loss of one example."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, example.y)
+cross_entropy = ij.losses.cross_entropy("y")  # the loss of one example
 
 
 def start(key: jax.Array):

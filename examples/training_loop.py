@@ -50,9 +50,7 @@ net = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(10)])
 variables = jax.jit(net.init)(jax.random.key(0), train.x[:1])
 
 
-def cross_entropy(logits: jax.Array, example: ij.Batch) -> jax.Array:
-    """The loss of ONE example."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, example.y)
+cross_entropy = ij.losses.cross_entropy("y")  # the loss of ONE example
 
 
 objective, params = ij.from_linen(net, variables, cross_entropy)

@@ -98,15 +98,15 @@ class Transformer(nn.Module):
         return nn.Dense(VOCABULARY, name="logits")(nn.LayerNorm()(x))
 
 
-def cross_entropy(logits: jax.Array, example: ij.Batch) -> jax.Array:
-    """The loss of one sequence: the SUM over its letters."""
-    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, example.y))
+cross_entropy = ij.losses.cross_entropy("y")  # the loss of one sequence: the SUM over its letters
 
 
 net = Transformer(args.width, args.blocks)
 variables = jax.jit(net.init)(jax.random.key(0), train.x[:1])
 objective, params = ij.from_linen(net, variables, cross_entropy)
-objective = dataclasses.replace(objective, sample=ij.softmax_sample)  # how to draw labels from the model, for Fisher
+objective = dataclasses.replace(
+    objective, sample=ij.softmax_labels("y")
+)  # how to draw labels from the model, for Fisher
 optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 5e-3, args.steps // 10, args.steps), weight_decay=0.5)
 
 

@@ -10,6 +10,7 @@ _require_supported_jax(_jax)
 
 from . import (
     baselines,
+    losses,
     metrics,
     planning,
     plot,
@@ -68,7 +69,7 @@ from .gradients import (
 )
 from .influence import Influence
 from .model import InfluenceFunctionModel, NotFittedError
-from .objective import Objective, softmax_sample
+from .objective import Objective, softmax_labels
 from .scoring import InfluenceMode, TopK
 from .solvers import (
     CG,
@@ -155,6 +156,7 @@ __all__ = [
     "invert",
     "jacobian_product",
     "kfac",
+    "losses",
     "metrics",
     "minibatch",
     "mixed_grads",
@@ -168,7 +170,7 @@ __all__ = [
     "root",
     "score_bounds",
     "sharding",
-    "softmax_sample",
+    "softmax_labels",
     "spectral",
     "spectrum",
     "store",

@@ -97,6 +97,8 @@ def lower_bound(op: LinearOperator) -> Array:
 @lower_bound.register
 def _(op: GGN) -> Array:
     zero = jnp.zeros((), wide_dtype(op.params))
+    if op.psd:
+        return zero
     if row_count(op) > MAX_OUTPUTS:
         return zero + jnp.nan
     params, (data, examples) = tree.promote(op.params), weighed(op)

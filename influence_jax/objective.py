@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _reprs, tree
+from ._one_hot import check_labels
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, Key, PyTree
 from ._words import ask, name_of
@@ -34,13 +35,15 @@ class Objective:
         Static: define it once, for a fresh lambda compiles again.
       loss: `loss(output, example) -> scalar`.  Static.
       constants: Pytree of arrays that are not differentiated, e.g. batch statistics.
-      sample: `sample(key, output) -> cotangent`: the loss gradient in the output at labels drawn from the model, for
-        `Fisher` on large outputs; e.g. `softmax_sample`.  Static.
+      sample: How labels are drawn from the model, for `Fisher` and `labels="sampled"` on large outputs:
+        `softmax_labels("y")`; or `sample(key, output) -> cotangent`, whose second moment has to be the loss Hessian in
+        the output, which is checked on a few examples.  Static.
       frozen: Set by the library on the restriction to a block of parameters: the leaves outside the block.
 
     Raises:
       TypeError: If `predict` or `loss` is not callable; on a call, if the loss is not a real floating number.
-      ValueError: On a call, if the loss is not a scalar.
+      ValueError: On a call, if the loss is not a scalar, or broadcasts an integer label over the output as if it were
+        one-hot.
 
     Example:
       >>> import influence_jax as ij
@@ -52,7 +55,7 @@ class Objective:
     predict: Callable[..., PyTree] = static()
     loss: Callable[[PyTree, PyTree], Array] = static()
     constants: PyTree = dataclasses.field(default=None, kw_only=True)
-    sample: Callable[[Key, PyTree], PyTree] | None = static(default=None, kw_only=True)
+    sample: SoftmaxLabels | Callable[[Key, PyTree], PyTree] | None = static(default=None, kw_only=True)
     frozen: Frozen | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -60,8 +63,13 @@ class Objective:
             if not callable(value):
                 raise TypeError(f"{name}: got a {type(value).__name__}, expected a function of one example")
             check_hashable(value, name)
-        if self.sample is not None and not callable(self.sample):
-            raise TypeError(f"sample: got {self.sample!r}, expected a function (key, output) -> cotangent, or None")
+        if self.sample is not None and not isinstance(self.sample, SoftmaxLabels):
+            if not callable(self.sample):
+                raise TypeError(
+                    f"sample: got {self.sample!r}, expected influence_jax.softmax_labels('y'), a function "
+                    "(key, output) -> cotangent, or None"
+                )
+            check_hashable(self.sample, "sample")
         for path, leaf in tree.named_leaves(self.constants):
             _check_constant(leaf, path)
         set_field(self, "constants", jax.tree.map(jnp.asarray, self.constants))
@@ -75,6 +83,7 @@ class Objective:
 
     def cost(self, output: PyTree, example: PyTree) -> Array:
         """The loss of one `output` on its `example`, checked to be a scalar."""
+        check_labels(self.loss, output, example)
         hint = "it is given what predict returned, and ONE example without a batch axis"
         return _scalar(ask("loss", self.loss, {"output": output, "example": example}, hint), self.loss)
 
@@ -87,24 +96,55 @@ class Objective:
         return _reprs.call(self, name_of(self.predict), name_of(self.loss), constants)
 
 
-def softmax_sample(key: Key, logits: Array) -> Array:
-    r"""The gradient of cross-entropy in the logits at a label drawn from the model, $p - e_{\hat y}$.
+@dataclasses.dataclass(frozen=True)
+class SoftmaxLabels:
+    """Labels drawn from a softmax over the last axis of the output; made by `softmax_labels`."""
 
-    For `Objective(..., sample=softmax_sample)`; logits `(..., C)`, a label per position.
+    label: str | int
+
+
+def softmax_labels(label: str | int) -> SoftmaxLabels:
+    r"""Labels drawn from the model, for losses that are a cross-entropy with any scales.
+
+    For `Objective(predict, loss, sample=softmax_labels("y"))`, which `Fisher` and `labels="sampled"` of `kfac` and
+    `ekfac` then use.  At each position t the Hessian of such a loss in the logits is
+    $H_t = b_t(\mathrm{diag}(p_t) - p_tp_t^\top)$: sums and means, masks, ignored labels, weights of examples, tokens or
+    classes, temperatures, label smoothing, biases of logits and excluded classes all end in $b_t \ge 0$ and in the
+    distribution $p_t$.  Both are read off three products of the Hessian of *your* loss, which act on all positions at
+    once: from off-diagonal entries $-h_{ij} = b\,p_ip_j$ of its columns j and k, for which likely classes are taken,
+
+    $\frac{p_i}{p_k} = \frac{h_{ij}}{h_{kj}},\quad
+    \frac{p_j}{p_k} = \frac{\sum_{i\ne j,k} h_{ij}}{\sum_{i\ne j,k} h_{ik}},\quad b = -\frac{h_{kj}}{p_jp_k}.$
+
+    What is drawn is $u_t = \sqrt{b_t}(p_t - e_{\hat y})$ with $\hat y \sim p_t$, so that $E\,uu^\top = H$: the `GGN`
+    of the same loss in expectation.  (The gradient of the loss at a drawn label would have the square of every scale.)
+    The first of the products also checks that the Hessian has this form.  Where it has not (squared loss, z-loss,
+    positions that depend on each other), a loss is refused in words, and under tracing the result is NaN.
 
     Args:
-      key: Random key.
-      logits: `(..., C)`, a label per position.
+      label: The part of the example that holds the integer labels: key, attribute or tuple index.  Logits are
+        `(..., C)`, labels `(...)`.
 
     Returns:
-      `(..., C)`.
+      A frozen, hashable description of the draw.
+
+    Raises:
+      TypeError, ValueError: When labels are drawn, if there is no such part, or it does not fit the output.
 
     Example:
-      >>> softmax_sample(jax.random.key(0), jnp.array([-jnp.inf, 0.0])).tolist()
-      [0.0, 0.0]
+      >>> import influence_jax as ij
+      >>> loss = ij.losses.cross_entropy("y", reduction="mean")
+      >>> objective = ij.Objective(lambda p, z: p["table"][z["x"]], loss, sample=ij.softmax_labels("y"))
+      >>> params, data = {"table": jnp.ones((5, 3))}, {"x": jnp.arange(4)[None], "y": jnp.zeros((1, 4), int)}
+      >>> fisher = ij.Fisher(objective, params, data, key=jax.random.key(0), samples=100)
+      >>> float(ij.trace(ij.GGN(objective, params, data))), round(float(ij.trace(fisher)), 3)
+      (0.1666..., 0.167)
+
+    Reference: Martens 2014, arXiv:1412.1193, section 9.
     """
-    labels = jax.random.categorical(key, logits)
-    return jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise TypeError(f"label: got {label!r}, expected the name of a part of the examples, e.g. 'y'")
+    return SoftmaxLabels(label)
 
 
 @dataclass

@@ -11,9 +11,9 @@ import influence_jax as ij
 
 
 def sequences(**options):
-    """EK-FAC of a model whose output has an axis of positions."""
+    """EK-FAC of a model whose output has an axis of positions, and too many entries."""
     objective = ij.Objective(lambda p, z: p["table"][z.x], lambda out, z: jnp.sum(out**2))
-    params, batch = {"table": jnp.ones((7, 3))}, ij.Batch(jnp.zeros((4, 2), jnp.int32))
+    params, batch = {"table": jnp.ones((7, 3))}, ij.Batch(jnp.zeros((4, 400), jnp.int32))
     return ij.ekfac(objective, params, batch, **options)
 
 
@@ -46,19 +46,19 @@ KRONECKER = [
         "exact labels of sequences",
         sequences,
         ValueError,
-        ["objective", "(2, 3)", "1024", "labels='sampled'", "labels='empirical'"],
+        ["objective", "(400, 3)", "1200", "1024", "labels='sampled'", "labels='empirical'"],
     ),
     (
         "sampled labels of sequences without sample",
         lambda: sequences(labels="sampled", key=jax.random.key(0)),
         ValueError,
-        ["objective", "(2, 3)", "sample=influence_jax.softmax_sample"],
+        ["objective", "(400, 3)", "sample=influence_jax.softmax_labels('y')"],
     ),
     (
         "exact labels of a loss that is not convex",
         not_convex,
         ValueError,
-        ["not finite", "layer", "convex", "empirical"],
+        ["not finite", "layer", "convex", "example 0", "empirical"],
     ),
     ("mask not a function", lambda: kronecker(mask=jnp.ones(3)), TypeError, ["mask", "function", "(T,)"]),
     ("mask that names nothing", lambda: kronecker(mask={}), ValueError, ["mask", "empty", "prefix"]),

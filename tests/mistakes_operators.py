@@ -67,13 +67,13 @@ OPERATORS = [
         "sample of labels",
         lambda: fisher(lambda key, out: jnp.argmax(out)),
         ValueError,
-        ["sample", "()", "(3,)", "softmax_sample"],
+        ["sample", "()", "(3,)", "softmax_labels"],
     ),
     (
         "sample of integers",
         lambda: fisher(lambda key, out: jnp.argsort(out)),
         TypeError,
-        ["sample", "int64", "softmax_sample"],
+        ["sample", "int64", "softmax_labels"],
     ),
     (
         "recipe without a key",

@@ -21,9 +21,9 @@ PACKAGE = pathlib.Path(ij.__file__).parent
 # Each layer may import the layers above it and its own siblings listed earlier.
 LAYERS = [
     ["_typing", "_jax_version", "_jaxpr_compat", "_pytree", "_reprs", "_memory", "_mesh"],
-    ["tree", "_words"],
+    ["tree", "_words", "_one_hot"],
     ["batching", "blocks"],
-    ["objective", "_sound"],
+    ["objective", "losses", "_sound"],
     ["adapters", "gradients"],
     [
         "capture.views",
@@ -50,8 +50,10 @@ LAYERS = [
         "curvature.projected",
         "curvature.spectrum",
         "curvature.outputs",
+        "curvature.convexity",
         "curvature.parts",
         "curvature.exact",
+        "curvature.labels",
         "curvature.fisher",
         "curvature.losses",
         "curvature.per_example",

@@ -36,7 +36,7 @@ def sequences(count):
 
 
 # With draws of its own: those by way of the loss Hessian's square root hang on rounding of its zero eigenvalue.
-CLASSES = ij.Objective(helpers.mlp, helpers.cross_entropy, sample=ij.softmax_sample)
+CLASSES = ij.Objective(helpers.mlp, helpers.cross_entropy, sample=ij.softmax_labels("y"))
 
 OPERATORS = {
     "hessian": ij.Hessian,

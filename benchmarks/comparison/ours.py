@@ -125,7 +125,7 @@ def structured(problem, kind, labels):
     objective, params, train, query = load(problem)
     options = {"labels": labels}
     if labels == "sampled":
-        objective = dataclasses.replace(objective, sample=ij.softmax_sample)
+        objective = dataclasses.replace(objective, sample=ij.softmax_labels("y"))
         options["key"] = jax.random.key(0)
     relative = "relative" in problem
     damping = ij.RelativeDamping(float(problem["relative"])) if relative else float(problem["damping"])

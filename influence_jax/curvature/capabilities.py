@@ -5,6 +5,7 @@ Each is a `functools.singledispatch` function with a fallback; register yours fo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import map_rows
-from .operator import LinearOperator
+from .operator import LinearOperator, Scaled, Sum
 
 # Up to this many parameters a trace without closed form is summed exactly, one product per parameter.
 EXACT_TRACE_SIZE = 4096
@@ -103,7 +104,8 @@ def root(op: LinearOperator) -> Root:
     r"""The factorisation $A = \sum_i \omega_i R_i^\top R_i$ of a mean over examples.
 
     Empirical Fisher: $R_i = \nabla\ell_i^\top$, C = 1.  GGN: $R_i = L_i^\top J_i$ with
-    $L_iL_i^\top = \nabla^2_{out}\ell_i$, C outputs; rows of examples whose loss is not convex in the output are NaN.
+    $L_iL_i^\top = \nabla^2_{out}\ell_i$, C outputs, for losses convex in the output; under tracing, rows of examples
+    where the loss is not are NaN.
 
     Args:
       op: Mean over N examples of matrices with C rows.
@@ -113,6 +115,7 @@ def root(op: LinearOperator) -> Root:
 
     Raises:
       TypeError: If the operator has none.
+      ValueError: If it is a GGN whose loss is not convex in the output.
 
     Example:
       >>> import influence_jax as ij
@@ -122,6 +125,38 @@ def root(op: LinearOperator) -> Root:
       influence_jax.curvature.capabilities.Unsupported: op: Identity has no root, ...
     """
     raise unsupported(root, op, "the sample-space or harmonic-mean solver")
+
+
+@singledispatch
+def settled(op: LinearOperator) -> LinearOperator:
+    """The same operator, with `psd` found out on the host and kept, so that compiled programs can be chosen by it."""
+    return op
+
+
+@singledispatch
+def not_convex_because(op: LinearOperator) -> str:
+    """Why an operator that could be positive semi-definite is not known to be; empty if there is nothing to say."""
+    return ""
+
+
+@settled.register
+def _(op: Sum) -> LinearOperator:
+    return Sum(tuple(map(settled, op.terms)))
+
+
+@not_convex_because.register
+def _(op: Sum) -> str:
+    return next(filter(None, map(not_convex_because, op.terms)), "")
+
+
+@settled.register
+def _(op: Scaled) -> LinearOperator:
+    return dataclasses.replace(op, op=settled(op.op))
+
+
+@not_convex_because.register
+def _(op: Scaled) -> str:
+    return not_convex_because(op.op)
 
 
 @singledispatch
@@ -377,3 +412,13 @@ class Restricted(LinearOperator):
 
     def __repr__(self) -> str:
         return _reprs.call(self, repr(self.op), _reprs.some(self.block))
+
+
+@settled.register
+def _(op: Restricted) -> LinearOperator:
+    return dataclasses.replace(op, op=settled(op.op))
+
+
+@not_convex_because.register
+def _(op: Restricted) -> str:
+    return not_convex_because(op.op)

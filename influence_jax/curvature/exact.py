@@ -21,10 +21,12 @@ from .. import _reprs, blocks, tree
 from .._mesh import compiled
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
+from .._words import name_of
 from ..batching import DEFAULT_CHUNK, Spare, as_batch, check_chunk, map_rows, sum_over, take
 from ..gradients import all_or_nan, directional, matching
 from ..objective import LossOnly, Objective, as_objective, floating_output, on_block
-from .capabilities import minibatch, restrict, sums, wide_dtype
+from .capabilities import minibatch, not_convex_because, restrict, settled, sums, wide_dtype
+from .convexity import Convexity, convexity, is_at_hand, is_declared_convex
 from .layout import Layout, constrain, layout_of
 from .operator import LinearOperator
 from .outputs import require_split
@@ -58,6 +60,11 @@ class OverData(LinearOperator, abc.ABC):
         check_chunk(self.rhs_chunk, "rhs_chunk")
         if self.weights is not None:
             set_field(self, "weights", _as_weights(self.weights, self))
+
+    @property
+    def signed(self) -> bool:
+        """Whether weights may be negative."""
+        return not self.psd
 
     @property
     def count(self) -> int:
@@ -137,8 +144,9 @@ class GGN(OverData):
     r"""Generalised Gauss-Newton matrix, $G = \frac{1}{\sum w}\sum_i w_i J_i^\top H_i J_i$.
 
     $J_i = \partial_\theta\,\mathrm{predict}$ and $H_i = \nabla^2_{out}\,\mathrm{loss}$ at example i: the Hessian
-    without the curvature of the model.  Positive semi-definite for losses convex in the output, and equal to the
-    Fisher matrix for softmax cross-entropy and squared loss.
+    without the curvature of the model.  Equal to the Fisher matrix for softmax cross-entropy and squared loss.
+    Positive semi-definite for losses that are convex in the output: those of `influence_jax.losses` say so, of others
+    `psd` is found out, once and on the host, from their Hessians in the output at all examples.
 
     Args:
       objective: An `Objective`; the split into prediction and loss is what this is made of.
@@ -147,6 +155,8 @@ class GGN(OverData):
       weights: `(N,)`, non-negative; ones if None.
       chunk: Examples per chunk; at most 256 for each device if None.
       rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
+      convex: Whether the loss is convex in the output at all examples; None if it has not been looked at.  Set by the
+        library; static.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, or the objective is a bare function.
@@ -161,13 +171,32 @@ class GGN(OverData):
     Reference: Schraudolph 2002; Martens 2014, arXiv:1412.1193.
     """
 
+    convex: bool | None = static(default=None, kw_only=True)
+
     def __post_init__(self) -> None:
         OverData.__post_init__(self)
         require_split(as_objective(self.objective), "GGN")
 
     @property
+    def signed(self) -> bool:
+        return False
+
+    @property
     def psd(self) -> bool:
-        return True
+        """Whether it is known to be; of arrays that are traced nothing is, unless the loss says so."""
+        if self.convex is not None or is_declared_convex(self.split):
+            return self.convex is not False
+        found = self.convexity
+        return found is not None and found.holds
+
+    @property
+    def convexity(self) -> Convexity | None:
+        """What is found out about the loss, in one pass that is made once; None where arrays are not at hand."""
+        arrays = (self.objective, self.params, self.data, self.weights)
+        if not hasattr(self, "_convexity") and is_at_hand(arrays):
+            found = convexity(self.split, self.params, self.data, cast(Array | None, self.weights), self.chunk)
+            set_field(self, "_convexity", found)
+        return getattr(self, "_convexity", None)
 
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def outputs(p: PyTree) -> PyTree:
@@ -232,10 +261,10 @@ def _as_weights(weights: Array | np.ndarray, op: OverData) -> Array:
         values = np.asarray(weights, np.float64)  # numpy, because under jit even a sum of constants is traced
         if not (np.isfinite(values.sum()) and (values.sum() != 0 or op.total is not None or is_part())):
             raise ValueError(f"weights: they sum to {values.sum()}, expected a finite number other than zero")
-        if op.psd and values.min() < 0:
+        if not op.signed and values.min() < 0:
             raise ValueError(
-                f"weights: got {values.min()}, expected non-negative numbers, for {type(op).__name__} counts as "
-                "positive semi-definite; Hessian takes negative weights"
+                f"weights: got {values.min()}, expected non-negative numbers, for {type(op).__name__} is a mean of "
+                "positive semi-definite matrices; Hessian takes negative weights"
             )
     return jnp.asarray(weights, wide_dtype(op.params))
 
@@ -332,6 +361,26 @@ def _(op: OverData, indices: Array) -> LinearOperator:
 
 def _within(indices: np.ndarray, count: int) -> bool:
     return bool(np.all((indices >= 0) & (indices < count)))
+
+
+@settled.register
+def _(op: GGN) -> LinearOperator:
+    return op if op.convex is not None or is_declared_convex(op.split) else dataclasses.replace(op, convex=op.psd)
+
+
+@not_convex_because.register
+def _(op: GGN) -> str:
+    if op.psd:
+        return ""
+    found = op.convexity
+    if found is None or found.holds:
+        return f"the loss {name_of(op.split.loss)} is not known to be convex in the output"
+    if found.undefined is not None:
+        return (
+            f"the second derivative of the loss {name_of(op.split.loss)} in the output is infinite or not a number at "
+            f"example {found.undefined}, as of the logarithm of zero"
+        )
+    return f"the loss {name_of(op.split.loss)} is not convex in the output, first at example {found.negative}"
 
 
 @restrict.register

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from .. import tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
-from .._words import ask
 from ..batching import as_batch, check_key, check_positive
 from ..gradients import all_or_nan, directional
-from ..objective import Objective, as_objective, floating_output
+from ..objective import Objective, SoftmaxLabels, as_objective, floating_output
 from .exact import OverData
+from .labels import check_sample, checked_cotangent, softmax_cotangents
 from .outputs import cost_hessian, flat_output, require_split, square_root
-from .parts import example_keys
+from .parts import example_keys, is_first
 
 # Larger outputs would need the square root of too large a matrix for every example.
 MAX_OUTPUTS = 1024
@@ -37,9 +37,9 @@ class Fisher(OverData):
     r"""Monte-Carlo Fisher matrix, $\hat F = \frac{1}{\sum w}\sum_i w_i \frac1S\sum_s J_i^\top u_{is}u_{is}^\top J_i$.
 
     $u_{is} = L_i\epsilon_{is}$ with $L_iL_i^\top = \nabla^2_{out}\ell_i$ and Rademacher $\epsilon_{is}$, so that its
-    expectation is the GGN: for softmax cross-entropy, the average over labels drawn from the model.  An objective
-    with `sample` gives $u_{is}$ itself, which is what outputs of more than 1024 entries or more than one axis need.
-    Positive semi-definite.
+    expectation is the GGN: for softmax cross-entropy, the average over labels drawn from the model.  Outputs of more
+    than 1024 entries need an objective with `sample`, which gives $u_{is}$ itself.  Positive semi-definite; NaN where
+    the loss is not convex in the output, or has no finite second derivative.
 
     Args:
       objective: An `Objective`.
@@ -52,7 +52,8 @@ class Fisher(OverData):
       samples: How many draws S per example; static.
 
     Raises:
-      TypeError, ValueError: If an argument is not of that form, or the key is missing.
+      TypeError, ValueError: If an argument is not of that form, the key is missing, or what `sample` draws does not
+        have the loss Hessian for its second moment.
 
     Example:
       >>> import influence_jax as ij
@@ -69,13 +70,17 @@ class Fisher(OverData):
 
     def __post_init__(self) -> None:
         check_positive(self.samples, "samples")
+        given = False
         if self.key is not None or not isinstance(self.data, Keyed):
             key = check_key(self.key, "Fisher draws labels; in a recipe write functools.partial(Fisher, key=...)")
             examples = as_batch(self.data.example if isinstance(self.data, Keyed) else self.data, "data")
             set_field(self, "data", Keyed(examples, example_keys(key, 0, tree.count(examples))))
+            given = True
         set_field(self, "key", None)
         OverData.__post_init__(self)
-        require_split(as_objective(self.objective), "Fisher")
+        objective = require_split(as_objective(self.objective), "Fisher")
+        if given and is_first():
+            check_sample(objective, self.params, self.data.example, self.weights)
 
     @property
     def psd(self) -> bool:
@@ -118,40 +123,28 @@ class Fisher(OverData):
 
 def drawn_cotangents(objective: Objective, out: PyTree, example: Keyed, samples: int) -> Array:
     r"""Loss gradients $u_s / \sqrt S$ in the output at labels drawn from the model, `(S, C)`."""
-    scale = samples**-0.5
+    scale, keys = samples**-0.5, jax.random.split(example.key, samples)
+    if isinstance(objective.sample, SoftmaxLabels):
+        return scale * softmax_cotangents(objective, objective.sample, out, example.example, keys)
     if objective.sample is not None:
-        hint = "it returns the gradient of the loss in the output of ONE example at a drawn label"
-        draw = lambda key: _checked_sample(ask("sample", objective.sample, {"key": key, "output": out}, hint), out)
-        drawn = jax.vmap(draw)(jax.random.split(example.key, samples))
+        drawn = jax.vmap(partial(checked_cotangent, objective.sample), (0, None))(keys, out)
         return scale * tree.flatten(tree.promote(drawn), out)
     half = vector_square_root(
-        objective, out, example.example, "give Objective a sample function, e.g. sample=influence_jax.softmax_sample"
+        objective, out, example.example, "give Objective a sample, e.g. sample=influence_jax.softmax_labels('y')"
     )
     signs = jax.random.rademacher(example.key, (samples, half.shape[0]), half.dtype)
     return scale * jnp.matmul(signs, half.T, precision=tree.HIGHEST)
 
 
 def vector_square_root(objective: Objective, out: PyTree, example: PyTree, otherwise: str) -> Array:
-    """The square root of the loss Hessian in an output that is one vector of few entries, `(C, C)`.
+    """The square root of the loss Hessian in an output of few entries, `(C, C)`.
 
     Raises:
-      ValueError: If it is not, saying what to do otherwise.
+      ValueError: If it has too many, saying what to do otherwise.
     """
-    axes = [leaf.ndim for leaf in jax.tree.leaves(out)]
-    if len(axes) > 1 or axes[0] > 1 or tree.size(out) > MAX_OUTPUTS:
+    if tree.size(out) > MAX_OUTPUTS:
         raise ValueError(
-            f"objective: its output {jax.tree.map(jnp.shape, out)} is not one vector of at most {MAX_OUTPUTS} "
-            f"entries; {otherwise}"
+            f"objective: its output {jax.tree.map(jnp.shape, out)} has {tree.size(out)} entries, expected at most "
+            f"{MAX_OUTPUTS}; {otherwise}"
         )
     return square_root(cost_hessian(objective, out, example))
-
-
-def _checked_sample(drawn: PyTree, out: PyTree) -> PyTree:
-    try:
-        tree.check_vector(drawn, out, "sample")
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"{error}; sample(key, output) has to return the gradient of the loss in the output at a drawn label, "
-            "shaped like the output, e.g. influence_jax.softmax_sample"
-        ) from None
-    return drawn

@@ -16,11 +16,13 @@ from .._typing import Array, Key, LossFunction, PyTree
 from ..batching import as_batch, check_finite, check_key, check_positive
 from ..capture import MAX_SIDE
 from ..objective import Objective, as_objective
-from .capabilities import check_losses
-from .exact import EmpiricalFisher
+from .capabilities import check_losses, not_convex_because
+from .convexity import is_at_hand
+from .exact import GGN, EmpiricalFisher
 from .fisher import Keyed
 from .kronecker import Kronecker
 from .kronecker_fit import Recipe, corrected, eigenbases, moment_sums, square_sums
+from .labels import check_sample, why_no_softmax
 from .masks import Mask, as_masks, check_agreement
 from .parts import example_keys
 
@@ -53,8 +55,9 @@ def kfac(
       data: Leaves `(N, ...)`.
       weights: `(N,)`, non-negative; ones if None.
       labels: Which loss gradients s come from.  `"exact"`: all columns of the square root of the loss Hessian in the
-        output, an average over the model's own labels; for outputs of one axis and at most 1024 entries.
-        `"sampled"`: labels drawn from the model, one per example and position.  `"empirical"`: those of the data.
+        output, an average over the model's own labels; for outputs of at most 1024 entries.
+        `"sampled"`: labels drawn from the model, one per example and position, by the objective's `sample` for larger
+        outputs.  `"empirical"`: those of the data.
       key: For `"sampled"`.
       mask: Which positions count; padding does not.  A mapping from prefixes of parameter names (`""` for all) to
         functions `mask(example) -> (T,)`: of the layers named, and of no others, exactly those positions count.  Or
@@ -165,6 +168,8 @@ def keyed_fisher(
     if recipe.labels == "sampled":
         key = check_key(key, 'labels="sampled" draws labels from the model')
         keys = example_keys(key, start, tree.count(data))
+        if start == 0:
+            check_sample(cast(Objective, as_objective(objective)), tree.check_params(params), data, weights)
     return EmpiricalFisher(objective, params, Keyed(data, keys), weights=weights, chunk=chunk)
 
 
@@ -174,7 +179,7 @@ def _checked_fit(op: EmpiricalFisher, recipe: Recipe, *, eigenvalues: bool) -> K
     if not _finite(curvature):
         check_losses(op)
     curvature = _agreeing(curvature, leaks)
-    check_fitted(curvature, recipe)
+    check_fitted(curvature, recipe, op)
     return curvature
 
 
@@ -194,19 +199,27 @@ def _finite(curvature: Kronecker) -> bool:
     return all(bool(jnp.all(jnp.isfinite(x))) for x in values)
 
 
-def check_fitted(curvature: Kronecker, recipe: Recipe) -> None:
-    """Raise, on the host, if a layer's curvature is not finite, naming the layer."""
+def check_fitted(curvature: Kronecker, recipe: Recipe, op: EmpiricalFisher | None = None) -> None:
+    """Raise, on the host, if a layer's curvature is not finite, naming the layer, and of data in memory the example."""
     for layer in curvature.layers:
         if not _finite(Kronecker(curvature.params, (layer,))):
-            why = (
-                "the loss of an example may not be convex in the output, use labels='empirical'; or "
-                if recipe.labels == "exact"
-                else ""
-            )
+            why = _why_not(recipe, op) if op is not None else ""
+            if not why and recipe.labels != "empirical":
+                why = "the loss of an example may not be convex in the output, or have no second derivative there"
+            why = f"{why}, use labels='empirical'; or " if why else ""
             raise ValueError(
                 f"data: the curvature of {list(layer.layer.names)} is not finite; {why}parameters, data or weights "
                 "hold NaN or infinite numbers"
             )
+
+
+def _why_not(recipe: Recipe, op: EmpiricalFisher) -> str:
+    """Find the example whose loss Hessian has no square root; empty if that is not why."""
+    if recipe.labels == "empirical" or not isinstance(op.objective, Objective) or not is_at_hand(op):
+        return ""
+    if recipe.labels == "sampled" and op.objective.sample is not None:
+        return why_no_softmax(op.objective, op.params, op.data.example, op.weights)
+    return not_convex_because(GGN(op.objective, op.params, op.data.example, weights=op.weights, chunk=op.chunk))
 
 
 @partial(compiled, static_argnames=("recipe", "eigenvalues"))

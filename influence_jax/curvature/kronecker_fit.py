@@ -141,7 +141,7 @@ def _cotangents(objective: Objective | LossOnly, labels: str, out: PyTree, examp
         return tree.stack_of_one(jax.grad(lambda o: objective.cost(o, example.example))(out))
     if labels == "sampled":
         return tree.unflatten(drawn_cotangents(objective, out, example, samples=1), out)
-    instead = "pass labels='sampled', with a sample function for outputs of several axes, or labels='empirical'"
+    instead = "pass labels='sampled' and give Objective sample=influence_jax.softmax_labels('y'), or labels='empirical'"
     return tree.unflatten(vector_square_root(objective, out, example.example, instead).T, out)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from .. import tree
 from .._typing import Array, PyTree
+from ..gradients import directional
 from ..objective import LossOnly, Objective, floating_output
 
 
@@ -45,9 +48,17 @@ def cost_hessian(objective: Objective, out: PyTree, example: PyTree) -> Array:
     return jax.hessian(cost)(tree.flatten(tree.promote(out), out))
 
 
+def hessian_product(objective: Objective, example: PyTree, out: PyTree) -> Callable[[PyTree], PyTree]:
+    """The product of the loss Hessian in the output with a vector shaped like it."""
+    gradient = jax.grad(lambda o: objective.cost(o, example))
+    return lambda v: directional(gradient, out, v)[1]
+
+
 @jax.custom_jvp
 def square_root(matrix: Array) -> Array:
-    """The symmetric L with L L = matrix, for the Hessian of a loss in its output; NaN if that is not convex.
+    """The symmetric L with L L = matrix, for the Hessian of a loss in its output.
+
+    NaN if that is not convex, or an entry is infinite or undefined.
 
     Symmetric, because it is the only square root that does not depend on the signs and rotations of eigenvectors, which
     differ from one compiled program to the next.  Eigenvalues at rounding level are zero: their roots are not small.
@@ -64,7 +75,7 @@ def _square_root(matrix: Array) -> tuple[Array, Array, Array]:
     # Terms of order one cancel in the Hessian of a confident prediction (softmax has p - p²), so that all of it can
     # drown in their rounding: what is negative beyond that, and beyond rounding of the rest, is not convex.
     floor = 10 * matrix.shape[0] * epsilon + epsilon**0.5 * largest
-    roots = jnp.where(values < -floor, jnp.nan, roots)
+    roots = jnp.where((values < -floor) | ~jnp.all(jnp.isfinite(matrix)), jnp.nan, roots)
     return jnp.matmul(vectors * roots[None], vectors.T, precision=tree.HIGHEST), roots, vectors
 
 

@@ -30,6 +30,11 @@ def is_part() -> bool:
     return _FIRST.get() is not None
 
 
+def is_first() -> bool:
+    """Whether the data are the whole, or the part that it begins with."""
+    return not _FIRST.get()
+
+
 def example_keys(key: Key, start: int, count: int) -> Key:
     """A key for each of the examples from `start` on, which depends on its place in the data only."""
     start = start + (_FIRST.get() or 0)

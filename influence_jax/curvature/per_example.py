@@ -23,6 +23,7 @@ from .capabilities import (
     dense_by_products,
     diagonal,
     diagonal_by_products,
+    not_convex_because,
     root,
     symmetric,
     to_dense,
@@ -30,6 +31,7 @@ from .capabilities import (
     trace_by_products,
     wide_dtype,
 )
+from .convexity import is_at_hand
 from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data, weighed, without_data
 from .fisher import Fisher
 from .outputs import flat_output, output_hessian, square_root
@@ -129,6 +131,9 @@ def _(op: OverData, *, key: Key | None = None) -> Array:
 @root.register(GGN)
 @root.register(Fisher)
 def _(op: OverData) -> Root:
+    why = not_convex_because(op) if is_at_hand(op) else ""
+    if why:
+        raise ValueError(f"op: {op!r} has no root, for {why}; use EmpiricalFisher, or products with the GGN itself")
     weights = jnp.ones(op.count, wide_dtype(op.params)) if op.weights is None else jnp.asarray(op.weights)
     weights = weights / (jnp.sum(weights) if op.total is None else op.total)
     return Root(partial(_root_apply, op), partial(_root_transpose, op), weights)

@@ -3,7 +3,7 @@ r"""What a solver is, and the inverse it makes of an operator."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +18,8 @@ from .._typing import Array, Key, PyTree
 from ..batching import check_key
 from ..blocks import Block, select
 from ..curvature import LinearOperator, check_losses
+from ..curvature.capabilities import not_convex_because, settled
+from ..curvature.convexity import is_at_hand
 from ..curvature.loops import refuse_tracing
 from ..curvature.operator import Scaled, Sum
 from .damping import RelativeDamping, check_damping, check_resolved, damped_product
@@ -249,6 +251,11 @@ def _(op: Inverse, *, gradients: bool = False) -> None:
     """Look at nothing: `invert` has."""
 
 
+@not_convex_because.register
+def _(op: Inverse) -> str:
+    return not_convex_because(op.op)
+
+
 def check_solver(solver: object) -> None:
     """Raise unless it is a solver, and not its class."""
     if not isinstance(solver, Solver) or isinstance(solver, type):
@@ -292,9 +299,39 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
         check_losses(op)  # unless a pass over the loader has shown them
     else:
         check_losses(op)
+        op = _with_sign(op, solver)
         state = _init(solver, op, key)
     check_resolved(solver, state, op)
     return Inverse(op, solver, state)
+
+
+def _with_sign(op: LinearOperator, solver: Solver) -> LinearOperator:
+    """The operator, with its sign found out on the host where a solver's program depends on it.
+
+    Raises:
+      ValueError: If the solver needs a positive semi-definite operator, and it is known not to be one.
+    """
+    inside = list(_solvers(solver))
+    if not any(getattr(part, "asks_sign", False) for part in inside):
+        return op
+    op = settled(op)
+    needing = [part for part in inside if getattr(part, "needs_psd", False)]
+    why = not_convex_because(op) if needing and is_at_hand(op) else ""
+    if why:
+        raise ValueError(
+            f"op: {needing[0]!r} needs a positive semi-definite operator, but {why}; use Direct or Eigh, which are "
+            "exact for indefinite ones, or BlockCG at a larger damping"
+        )
+    return op
+
+
+def _solvers(solver: Any) -> Iterator[Solver]:
+    """A solver, and those that it is made of: its preconditioner, or those of its blocks."""
+    yield solver
+    for value in getattr(solver, "__dict__", {}).values():
+        for part in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(part, Solver) and not isinstance(part, type):
+                yield from _solvers(part)
 
 
 def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]:

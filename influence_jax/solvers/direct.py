@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,9 @@ class Direct(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$.
 
     Uses the eigendecomposition if the operator has one in closed form; else the dense matrix, by Cholesky if the
-    operator is positive semi-definite and by `Eigh` if not.  Dense work takes P² memory and P³ time.  A solution that
-    rounding may have spoilt, as in a nearly singular system, has `converged=False`.  Differentiable in damping,
-    parameters, weights and v.
+    operator is known to be positive semi-definite and by `Eigh` if not.  Dense work takes P² memory and P³ time.  A
+    solution that rounding may have spoilt, as in a nearly singular system, has `converged=False`.  Differentiable in
+    damping, parameters, weights and v.
 
     Args:
       damping: $\lambda \ge 0$, or a `RelativeDamping`.
@@ -87,6 +87,7 @@ class Direct(Solver):
     Reference: Golub & Van Loan 2013, Matrix Computations, section 4.2.
     """
 
+    asks_sign: ClassVar[bool] = True
     damping: float | Array | RelativeDamping
 
     def __post_init__(self) -> None:

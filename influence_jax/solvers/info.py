@@ -14,6 +14,7 @@ from .. import _reprs, tree
 from .._typing import Array, PyTree
 from .._words import levels_inside
 from ..curvature import LinearOperator
+from ..curvature.capabilities import not_convex_because
 
 
 class Info(NamedTuple):
@@ -157,7 +158,8 @@ def describe_failure(info: Info, inverse: LinearOperator) -> str:
     where = sorted({names[index] for index in blocks}) if len(names) > 1 else []
     in_blocks = f" in block{'s' * (len(where) > 1)} {', '.join(map(repr, where))}" if where else ""
     if lowest < 0:
-        advice = "the operator is indefinite; use GGN, more damping, or Eigh, which is exact"
+        why = not_convex_because(inverse) or "the operator is indefinite; use GGN"
+        advice = f"{why}; raise the damping, or use Eigh, which is exact"
     else:
         advice = "raise the damping, the tolerance or max_steps, or compute in 64-bit mode"
     return (

@@ -3,7 +3,7 @@ r"""The exact damped inverse through a system over examples and outputs instead 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class SampleSpace(Solver):
 
     Raises:
       TypeError: In `invert`, unless the operator is a `GGN`, `EmpiricalFisher` or `Fisher`.
+      ValueError: In `invert`, of a `GGN` whose loss is not convex in the output.
 
     Example:
       >>> import influence_jax as ij
@@ -54,6 +55,8 @@ class SampleSpace(Solver):
     Reference: Woodbury 1950; Ren & Goldfarb 2019, arXiv:1906.02353.
     """
 
+    asks_sign: ClassVar[bool] = True
+    needs_psd: ClassVar[bool] = True
     damping: float | Array | RelativeDamping
 
     def __post_init__(self) -> None:
