@@ -68,7 +68,7 @@ def requested(message: str) -> str | None:
 
 
 @contextlib.contextmanager
-def memory_errors(what: str, knobs: str = SCORE_KNOBS) -> Iterator[None]:
+def memory_errors(what: str, knobs: str | Callable[[], str] = SCORE_KNOBS) -> Iterator[None]:
     """Raise a `MemoryError` that says what to change, from any error that says that memory ran out.
 
     Covers whatever is raised while the host runs the block: reading arrays in, compiling, dispatch, and waiting for
@@ -78,7 +78,7 @@ def memory_errors(what: str, knobs: str = SCORE_KNOBS) -> Iterator[None]:
 
     Args:
       what: What was computed, e.g. `"Influence.influences"`.
-      knobs: What takes less memory.
+      knobs: What takes less memory; a function is asked only when memory ran out.
 
     Example:
       >>> with memory_errors("Influence.influences"):
@@ -95,7 +95,8 @@ def memory_errors(what: str, knobs: str = SCORE_KNOBS) -> Iterator[None]:
             raise
         size = requested(str(error))
         asked = "" if size is None else f", asking for {size} at once"
-        raise OutOfMemory(f"{what}: ran out of memory{asked}. Less is taken by {knobs}") from error
+        less = knobs() if callable(knobs) else f"Less is taken by {knobs}"
+        raise OutOfMemory(f"{what}: ran out of memory{asked}. {less}") from error
 
 
 def explain_memory_errors(*methods: str) -> Callable[[type[_T]], type[_T]]:

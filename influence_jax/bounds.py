@@ -46,8 +46,8 @@ def score_bounds(
         convex in the output for every example, which is looked at for outputs of at most 1024 entries.
 
     Returns:
-      Scores `(Q, N)`; bounds `(Q, N)`, NaN where nothing is known, or where `lambda_min + damping` is not positive; and
-      the Info of the solves, `(Q,)`.
+      Scores `(Q, N)`; bounds `(Q, N)`, infinite where nothing is known, or where `lambda_min + damping` is not
+      positive; and the Info of the solves, `(Q,)`.
 
     Raises:
       TypeError: If the inverse is no `Inverse`, its solver does not tell its damping, or `lambda_min` is no number.
@@ -90,8 +90,8 @@ def _is_number(value: object) -> bool:
 
 @singledispatch
 def lower_bound(op: LinearOperator) -> Array:
-    """A number that no eigenvalue of an operator is below; NaN if none is known."""
-    return jnp.asarray(0.0 if op.psd else jnp.nan, wide_dtype(op.space))
+    """Return a number that no eigenvalue of an operator is below; minus infinity if none is known."""
+    return jnp.asarray(0.0 if op.psd else -jnp.inf, wide_dtype(op.space))
 
 
 @lower_bound.register
@@ -100,11 +100,11 @@ def _(op: GGN) -> Array:
     if op.psd:
         return zero
     if row_count(op) > MAX_OUTPUTS:
-        return zero + jnp.nan
+        return zero - jnp.inf
     params, (data, examples) = tree.promote(op.params), weighed(op)
     convex = lambda z: jnp.all(jnp.isfinite(square_root(output_hessian(op.split, params, z))))
     all_convex = map_chunks(lambda part: jax.vmap(convex)(examples(part)), data, chunk=op.chunk)
-    return jnp.where(jnp.all(all_convex), zero, jnp.nan)
+    return jnp.where(jnp.all(all_convex), zero, -jnp.inf)
 
 
 @lower_bound.register
@@ -114,7 +114,8 @@ def _(op: Sum) -> Array:
 
 @lower_bound.register
 def _(op: Scaled) -> Array:
-    return jnp.where(op.factor >= 0, tree.scale(op.factor, lower_bound(op.op)), jnp.nan)
+    lowest = lower_bound(op.op)
+    return jnp.where(op.factor > 0, tree.scale(op.factor, lowest), jnp.where(op.factor == 0, 0.0, -jnp.inf))
 
 
 @lower_bound.register
@@ -154,7 +155,9 @@ def _reach(part: Inverse, grads: PyTree, factors: PyTree, lambda_min: float | Ar
     damping = part.state.damping
     norm = tree.norms(grads)
     grads, factors = (tree.scale_rows(1 / jnp.where(norm > 0, norm, 1), rows) for rows in (grads, factors))
+    if not part.op.at_hand:
+        return jnp.full_like(norm, jnp.inf)
     residual = norm * tree.norms(tree.subtract(grads, damped_product(part.op, damping, factors)))
     lowest = lower_bound(part.op) if lambda_min is None else lambda_min
     smallest = jnp.asarray(lowest, residual.dtype) + damping.astype(residual.dtype)
-    return residual / jnp.where(smallest > 0, smallest, jnp.nan)
+    return jnp.where(smallest > 0, residual / jnp.where(smallest > 0, smallest, 1), jnp.inf)

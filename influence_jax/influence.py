@@ -41,6 +41,7 @@ from .scoring import (
     top_k,
 )
 from .solvers import Info, Inverse, all_converged, report, rows_at_once, solve_with_info
+from .solvers.base import check_inverse
 
 
 @explain_memory_errors(
@@ -68,7 +69,8 @@ class Influence:
       throw: Raise a `ConvergenceError` where a solve does not converge, instead of warning.
 
     Raises:
-      TypeError, ValueError: If an argument is not of that form, or P does not act on `params`.
+      TypeError, ValueError: If an argument is not of that form, P does not act on `params`, is a curvature rather than
+        its inverse, or was fitted at other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,6 +105,7 @@ class Influence:
         tree.check_vector(self.params, self.inverse.space, "params, against the space of inverse")
         check_chunk(self.chunk)
         check_chunk(self.rhs_chunk, "rhs_chunk")
+        check_inverse(self.inverse, self.params)
 
     @property
     def asked(self) -> Objective | LossOnly:

@@ -291,8 +291,10 @@ def _damping_mark(ritz: Spectrum, damping: float) -> str:
     label = f"damping {damping:.3g}"
     if float(ritz.smallest[0]) + damping <= 0:
         return f"{label}: indefinite"
-    dimension, error = (float(x) for x in ritz.effective_dimension(damping))
-    return f"{label}: effective dimension {dimension:,.1f}" + ("" if np.isnan(error) else f" ± {error:,.1f}")
+    dimension, error = ritz.effective_dimension(damping)
+    return f"{label}: effective dimension {float(dimension):,.1f}" + (
+        "" if error is None else f" ± {float(error):,.1f}"
+    )
 
 
 def damping_sweep(

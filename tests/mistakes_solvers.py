@@ -5,9 +5,10 @@ from functools import partial
 import helpers
 import jax.numpy as jnp
 import numpy as np
-from small_classifier import BATCH, GGN, INFLUENCE, OBJECTIVE, PARAMS, STACK
+from small_classifier import BATCH, GGN, INFLUENCE, OBJECTIVE, PARAMS, STACK, kronecker
 
 import influence_jax as ij
+from influence_jax.stream.loaders import Blocks
 
 
 def tokens():
@@ -17,6 +18,16 @@ def tokens():
     return ij.Influence(objective, params, ij.Identity(params)).influences(batch, batch, "perturbation")
 
 
+OTHER = {**PARAMS, "layer1": {**PARAMS["layer1"], "bias": PARAMS["layer1"]["bias"] + 0.5}}
+CURVATURES = {
+    "GGN": GGN,
+    "Hessian": ij.Hessian(OBJECTIVE, PARAMS, BATCH),
+    "EmpiricalFisher": ij.EmpiricalFisher(OBJECTIVE, PARAMS, BATCH),
+    "a multiple": 2.0 * GGN,
+    "a damped sum": GGN + 0.1 * ij.Identity(PARAMS),
+    "a curvature over a loader": ij.stream.operator(ij.GGN, OBJECTIVE, PARAMS, Blocks([BATCH], "loader")),
+    "Kronecker factors": kronecker(labels="empirical"),
+}
 CHOICES = ["a number >= 0", "RelativeDamping(0.1)", "0.0"]
 
 SOLVERS = [
@@ -43,6 +54,33 @@ SOLVERS = [
     ("solver string", lambda: ij.invert(GGN, "cg"), TypeError, ["solver", "'cg'"]),
     ("operator", lambda: ij.invert(jnp.eye(3), ij.CG(0.1)), TypeError, ["op", "LinearOperator"]),
     ("inverse", lambda: ij.Influence(OBJECTIVE, PARAMS, ij.CG(0.1)), TypeError, ["inverse", "CG", "invert"]),
+    *(
+        (
+            f"{name} where its inverse is meant",
+            lambda op=op: ij.Influence(OBJECTIVE, PARAMS, op),
+            TypeError,
+            ["inverse", "got a curvature", "invert(", "BlockCG(damping)"],
+        )
+        for name, op in CURVATURES.items()
+    ),
+    (
+        "curvature as a preconditioner",
+        lambda: ij.invert(GGN, ij.CG(0.1, preconditioner=GGN)),
+        TypeError,
+        ["preconditioner", "got a curvature", "invert(GGN"],
+    ),
+    (
+        "inverse of an inverse",
+        lambda: ij.Influence(OBJECTIVE, PARAMS, ij.invert(INFLUENCE.inverse, ij.CG(0.1))),
+        TypeError,
+        ["inverse", "got a curvature", "Inverse(Inverse(GGN"],
+    ),
+    (
+        "inverse of other parameters",
+        lambda: ij.Influence(OBJECTIVE, OTHER, INFLUENCE.inverse),
+        ValueError,
+        ["params", "'layer1/bias'", "5.0e-01", "fitted"],
+    ),
     (
         "inverse of another space",
         lambda: ij.Influence(OBJECTIVE, PARAMS, ij.Identity({"w": jnp.ones(2)})),

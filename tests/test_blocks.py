@@ -21,6 +21,7 @@ QUERY = helpers.random_batch(jax.random.key(2), 6, 5, 3, classes=True)
 OBJECTIVE = helpers.CLASSIFICATION
 GGN = ij.GGN(OBJECTIVE, PARAMS, TRAIN)
 LAYERS = ["layer0", "layer1"]
+KEY = jax.random.key(3)
 POISONED = ij.Batch(jnp.asarray(TRAIN.x).at[0, 0].set(jnp.nan), TRAIN.y)
 
 
@@ -128,8 +129,10 @@ class TestBlockwise:
             assert abs(part.state.damping - 0.1 * jnp.trace(block) / len(block)) < 1e-12
         zero = ij.Diagonal({"a": jnp.ones(2), "b": jnp.zeros(2)})
         solver = ij.Blockwise(ij.Direct(ij.RelativeDamping(0.1)), blocks=ij.by_parameter)
+        dampings = [part.state.damping for part in ij.invert(zero, solver).by_block.values()]
+        assert relative_error(dampings, [0.1, 0.05]) < 1e-12  # of a block without curvature, relative to all
         with pytest.raises(ValueError, match="mean eigenvalue"):
-            ij.invert(zero, solver)
+            ij.invert(0.0 * zero, solver)
 
     def test_with_damping_jit_vmap_and_derivatives(self):
         inverse = ij.invert(GGN, ij.Blockwise(ij.Eigh(0.5)))
@@ -322,3 +325,68 @@ def test_a_changed_recipe_is_not_fitted():
     assert relative_error(changed.fit(TRAIN).influences(TRAIN), fitted.influences(TRAIN)) > 0.1
     inside = jax.jit(lambda data: dataclasses.replace(fitted).fit(data).influences(data))(TRAIN)
     assert relative_error(inside, fitted.influences(TRAIN)) < 1e-9
+
+
+class TestBlocksThatAreNoise:
+    """A curvature of rounding is no curvature: a damping relative to its own mean would make rounding a score."""
+
+    MEANS = (2.0, 1e-30, 3e-8)
+    OP = ij.Diagonal({name: mean * jnp.array([0.5, 1.5]) for name, mean in zip("abc", MEANS, strict=True)})
+    WHOLE = sum(MEANS) / 3
+
+    @pytest.mark.parametrize("solver", [ij.Direct, ij.BlockCG, partial(ij.Arnoldi, rank=1), ij.Jacobi], ids=str)
+    def test_is_damped_like_all(self, solver):
+        relative = ij.RelativeDamping(0.1)
+        blockwise = ij.Blockwise(solver(relative), blocks=ij.by_parameter)
+        with pytest.warns(UserWarning, match=r"damping: in Diagonal.* block 'b' is rounding .* mean eigenvalue of all"):
+            inverse = ij.invert(self.OP, blockwise, key=KEY)
+        expected = [0.1 * self.MEANS[0], 0.1 * self.WHOLE, 0.1 * self.MEANS[2]]
+        fitted = [part.state.damping for part in inverse.by_block.values()]
+        assert relative_error(fitted, expected) < 1e-12
+        assert repr(solver(relative)) in repr(inverse)
+        moved = inverse.with_damping(ij.RelativeDamping(0.2)) if solver is not ij.Direct else inverse
+        factor = 1.0 if solver is ij.Direct else 2.0
+        found = [part.state.damping for part in moved.by_block.values()]
+        assert relative_error(found, factor * np.array(expected)) < 1e-12
+
+    def test_beside_blocks_with_a_damping_of_their_own(self):
+        solvers = {"a": ij.CG(0.3), "b": ij.Eigh(ij.RelativeDamping(0.1)), "c": ij.CG(0.3)}
+        with pytest.warns(UserWarning, match="block 'b' is rounding"):
+            inverse = ij.invert(self.OP, ij.Blockwise(solvers, blocks=ij.by_parameter))
+        assert relative_error(inverse.by_block["b"].state.damping, 0.1 * self.WHOLE) < 1e-12
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+    def test_what_is_small_but_real_keeps_its_own(self, dtype):
+        op = ij.Diagonal({"a": jnp.ones(2, dtype), "b": jnp.full(2, 1e-8, dtype)})
+        inverse = ij.invert(op, ij.Blockwise(ij.Direct(ij.RelativeDamping(0.1)), blocks=ij.by_parameter))
+        assert abs(float(inverse.by_block["b"].state.damping) / (0.1 * float(op.tree["b"][0])) - 1) < 1e-6
+
+    @pytest.mark.parametrize("fit", [ij.ekfac, ij.kfac])
+    def test_a_parameter_in_front_of_a_normalisation(self, fit):
+        """Scores do not change with the order of positions, and the block that the loss ignores has none."""
+        params = {n: {"kernel": 0.5 * helpers.normal(jax.random.key(i), shape)} for i, (n, shape) in enumerate(NORMED)}
+        shapes = ((12, 6, 3), (12, 4), (12, 6, 2))
+        x, time, y = (helpers.normal(jax.random.key(4 + i), shape) for i, shape in enumerate(shapes))
+        order = jnp.array([3, 0, 5, 1, 4, 2])
+        scores = []
+        for data in ({"x": x, "t": time, "y": y}, {"x": x[:, order], "t": time, "y": y[:, order]}):
+            curvature = fit(NORMALISED, params, data, labels="empirical")
+            with pytest.warns(UserWarning, match="block 'time/kernel' is rounding"):
+                inverse = ij.invert(curvature, ij.Direct(ij.RelativeDamping(0.1)))
+            influence = ij.Influence(NORMALISED, params, inverse)
+            scores.append(influence.influences(data, data))
+        parts = influence.influences_by_block(data, data)
+        assert float(jnp.linalg.norm(parts["time/kernel"])) < 1e-20 * float(jnp.linalg.norm(scores[1]))
+        assert relative_error(*scores) < 1e-9
+        moved = inverse.with_damping(ij.RelativeDamping(0.1))
+        assert relative_error(list(moved.state.dampings.values()), list(inverse.state.dampings.values())) < 1e-12
+
+
+def normalised(p, z):
+    h = z["x"] @ p["conv"]["kernel"] + (jnp.sin(z["t"]) @ p["time"]["kernel"])[None]
+    h = (h - h.mean(0, keepdims=True)) / (h.std(0, keepdims=True) + 1e-3)
+    return jnp.tanh(h) @ p["out"]["kernel"]
+
+
+NORMED = (("time", (4, 8)), ("conv", (3, 8)), ("out", (8, 2)))
+NORMALISED = ij.Objective(normalised, lambda out, z: 0.5 * jnp.sum((out - z["y"]) ** 2))

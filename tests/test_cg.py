@@ -42,7 +42,7 @@ class TestConjugateGradients:
         assert info.steps[2] == info.steps[3] > 5
         assert info.converged.tolist() == [True] * 4
         assert info.residual[1] == 0.0
-        assert jnp.isnan(info.min_curvature[1])
+        assert jnp.isinf(info.min_curvature[1])  # the least of nothing
         assert abs(info.min_curvature[0] - values[-1] - 0.05) < 1e-9
         assert np.max(np.abs(helpers.flat(X, PARAMS)[1])) == 0.0
         for index in range(4):
@@ -82,7 +82,8 @@ class TestConjugateGradients:
         v = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), PARAMS)
         assert not bool(ij.invert(OPERATORS["GGN"], ij.CG(0.1)).solve(v)[1].converged)
         poisoned = ij.GGN(OBJECTIVE, PARAMS, ij.Batch(jnp.asarray(DATA.x).at[3].set(jnp.nan), DATA.y))
-        x, info = ij.invert(poisoned, ij.CG(0.1)).solve(PARAMS)
+        fit = jax.jit(lambda op: ij.invert(op, ij.CG(0.1)).solve(PARAMS))  # under tracing losses are not looked at
+        x, info = fit(poisoned)
         assert not bool(info.converged)
         assert np.all(np.isnan(helpers.flat(x, PARAMS))), "zero would pass for an answer"
 

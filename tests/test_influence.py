@@ -83,14 +83,16 @@ def test_a_solver_that_is_not_symmetric_keeps_to_the_query_side(monkeypatch):
     assert relative_error(INFLUENCE.influences(QUERY, slice_of(TRAIN, 3)), UP[:, :3]) < 1e-11
 
 
-@pytest.mark.parametrize("operator", ["GGN", "Identity", "CG"])
+@pytest.mark.parametrize("operator", ["Diagonal", "Identity", "CG"])
 def test_any_operator_will_do(operator):
     op = {
-        "GGN": OPERATOR,
+        "Diagonal": ij.Diagonal(PARAMS),
         "Identity": ij.Identity(PARAMS),
         "CG": ij.invert(OPERATOR, ij.CG(DAMPING, rtol=1e-12)),
     }[operator]
-    dense = {"GGN": MATRIX, "Identity": np.eye(OPERATOR.size), "CG": DENSE}[operator]
+    dense = {"Diagonal": np.diag(helpers.flat(PARAMS, PARAMS)), "Identity": np.eye(OPERATOR.size), "CG": DENSE}[
+        operator
+    ]
     expected = QUERY_GRADS @ dense @ TRAIN_GRADS.T
     assert relative_error(ij.Influence(OBJECTIVE, PARAMS, op).influences(QUERY, TRAIN), expected) < 1e-9
 
@@ -169,6 +171,38 @@ class TestTopK:
         assert bool(jnp.all(jnp.isnan(top.values[:, -1])) & jnp.all(jnp.isfinite(top.values[:, :-1])))
 
 
+class Halved(ij.Solver):
+    """Half of what it is given, which never converges; says nothing of its own about that."""
+
+    def init(self, op, *, key=None):
+        return None
+
+    def apply_many(self, state, V):
+        rows = jnp.ones(jax.tree.leaves(V)[0].shape[0])
+        return jax.tree.map(lambda v: v / 2, V), ij.Info(jnp.int32(rows), rows, rows < 0)
+
+
+jax.tree_util.register_static(Halved)
+STEPS, SCALE, MORE, ZERO = "max_steps", "scale", "raise the damping", "raise the damping, which is 0"
+ADVICE = {
+    "Direct": (ij.Direct(0.0), [ZERO, "singular"], [STEPS, "Eigh", "rtol"]),
+    "Eigh": (ij.Eigh(0.0), [ZERO, "singular"], [STEPS, "Eigh", "rtol"]),
+    "CG": (ij.CG(1e-6, rtol=1e-14, max_steps=1), [MORE, STEPS, "rtol"], ["which is 0", "rank"]),
+    "BlockCG": (ij.BlockCG(1e-6, rtol=1e-14, max_steps=1), [MORE, STEPS, "rtol"], ["which is 0", "rank"]),
+    "diverging": (ij.LiSSA(0.1, scale=1e-3), [SCALE, "diverges"], [STEPS, "rank"]),
+    "too short": (ij.LiSSA(1e-3, scale=100.0, depth=2), ["raise depth (2)", "the damping"], [STEPS, "repeats"]),
+    "too few pairs": (ij.Arnoldi(0.1, rank=1, steps=1), ["rank", "steps"], [STEPS]),
+    "nothing outside": (ij.Nystrom(0.0, rank=2), [ZERO, "complement=False"], [STEPS]),
+    "sample space": (ij.SampleSpace(0.0), [ZERO], [STEPS, "rank"]),
+    "a block": (
+        ij.Blockwise({"layer0": ij.LiSSA(0.1, scale=1e-3), "layer1": ij.CG(0.1)}),
+        [SCALE, "diverges"],
+        [STEPS, "rtol"],
+    ),
+    "one's own": (Halved(), [MORE], [STEPS, "which is 0"]),
+}
+
+
 class TestUnconverged:
     """A solve that fails is a warning on the host, wherever scores come from it."""
 
@@ -191,6 +225,23 @@ class TestUnconverged:
         influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(OPERATOR, ij.CG(1e-4, rtol=1e-12, max_steps=2)))
         with pytest.warns(ij.ConvergenceWarning, match=r"6 of 6 solves.*worst relative residual.*max_steps"):
             influence.influences(QUERY, TRAIN)
+
+    @pytest.mark.parametrize("name", ADVICE)
+    def test_names_what_the_solver_has(self, name):
+        """Of each solver its own knobs, of blocks that of the block which failed, and what another has is not named."""
+        solver, said, unsaid = ADVICE[name]
+        operator = ij.GGN(OBJECTIVE, PARAMS, slice_of(TRAIN, 2))
+        inverse = ij.invert(operator, solver, key=jax.random.key(0))
+        with pytest.warns(ij.ConvergenceWarning) as caught:
+            ij.Influence(OBJECTIVE, PARAMS, inverse).influences(QUERY, TRAIN)
+        advice = str(caught[0].message).split("cannot be relied on: ")[1]
+        assert all(word in advice for word in said), advice
+        assert not any(word in advice for word in (*unsaid, "GGN")), advice
+
+    def test_a_sum_asks_what_it_is_made_of(self):
+        terms = [ij.invert(OPERATOR, ij.CG(1e-4, max_steps=1)), ij.invert(OPERATOR, ij.LiSSA(0.1, scale=1e-3))]
+        with pytest.warns(ij.ConvergenceWarning, match=r"relied on: .*max_steps.*; the series diverges: its scale"):
+            ij.Influence(OBJECTIVE, PARAMS, terms[0] + 0.5 * terms[1]).influences(QUERY, TRAIN)
 
     def test_silent_under_tracing(self):
         influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(OPERATOR, ij.CG(1e-4, rtol=1e-12, max_steps=2)))
@@ -334,8 +385,10 @@ class TestTransformations:
         moved = jax.tree.map(lambda x: 1.5 * x, PARAMS)
         query, train = ij.Batch(QUERY.x + 1.0, QUERY.y), ij.Batch(TRAIN.x - 1.0, TRAIN.y)
         jax.block_until_ready((moved, query, train))
+        operator = dataclasses.replace(OPERATOR, params=moved)
+        inverse = dataclasses.replace(INVERSE, op=operator, state=INVERSE.state._replace(op=operator))
         with compilations() as names:
-            everything(dataclasses.replace(influence, params=moved), query, train)
+            everything(dataclasses.replace(influence, params=moved, inverse=inverse), query, train)
         assert names == []
 
     def test_sharded_examples(self):
@@ -350,3 +403,44 @@ class TestTransformations:
             assert tree_error(op.mv(PARAMS), expected) < 1e-11
             influence = dataclasses.replace(INFLUENCE, chunk=chunk)
             assert relative_error(influence.influences(QUERY, sharded), UP[:, :16]) < 1e-11
+
+
+class TestWhereAnInverseWasFitted:
+    """At the parameters of the influence, or it is refused: of every kind, moved, restricted, in sums, from a file."""
+
+    def kinds(self, data, tmp_path):
+        ggn = ij.GGN(OBJECTIVE, PARAMS, data)
+        exact = ij.invert(ggn, ij.Eigh(0.1))
+        yield "moved", exact.with_damping(0.2)
+        yield "in a sum", 0.5 * exact + ij.Identity(PARAMS)
+        yield "in blocks", ij.invert(ggn, ij.Blockwise(ij.CG(0.1)))
+        yield (
+            "low rank over a loader",
+            ij.stream.invert(
+                ij.GGN, OBJECTIVE, PARAMS, [data], ij.Nystrom(0.1, rank=3), key=jax.random.key(0), progress=False
+            ),
+        )
+        kronecker = ij.invert(ij.ekfac(OBJECTIVE, PARAMS, data, labels="empirical"), ij.Direct(0.1))
+        ij.store.save(tmp_path / "fit", kronecker)
+        yield "from a file", ij.store.load(tmp_path / "fit", kronecker)
+
+    def test_other_parameters_are_refused(self, tmp_path):
+        leaves, structure = jax.tree.flatten(PARAMS)
+        equal = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), PARAMS)
+        narrow = jax.tree.map(lambda x: x.astype(jnp.float32), PARAMS)
+        other = structure.unflatten([*leaves[:-1], leaves[-1] + 0.25])
+        for name, inverse in self.kinds(TRAIN, tmp_path):
+            for same in (PARAMS, equal, narrow):
+                assert ij.Influence(OBJECTIVE, same, inverse).inverse is inverse, name
+            with pytest.raises(ValueError, match=r"params: leaf '.*' is up to 2.5e-01 away from where .* was fitted"):
+                ij.Influence(OBJECTIVE, other, inverse)
+
+    def test_what_was_fitted_nowhere_serves_everywhere(self):
+        other = jax.tree.map(lambda x: x + 1.0, PARAMS)
+        for inverse in (ij.Identity(PARAMS), ij.Diagonal(PARAMS), ij.invert(ij.Diagonal(PARAMS), ij.Eigh(9.0))):
+            assert ij.Influence(OBJECTIVE, other, inverse).inverse is inverse
+
+    def test_under_tracing_nothing_is_read(self):
+        inverse = ij.invert(ij.GGN(OBJECTIVE, PARAMS, TRAIN), ij.Eigh(0.1))
+        at = lambda step: ij.Influence(OBJECTIVE, jax.tree.map(lambda x: x + step, PARAMS), inverse).params
+        assert jax.tree.leaves(jax.vmap(at)(jnp.arange(3.0)))[0].shape[0] == 3

@@ -183,7 +183,7 @@ class TestLiSSA:
 
     def test_one_chain_knows_no_error(self):
         _, info = error(GGN, ij.LiSSA(0.1, scale=8.0, depth=5, batch_size=6))
-        assert jnp.all(jnp.isnan(info.standard_error))
+        assert info.standard_error is None
 
 
 class TestLowRank:
@@ -369,7 +369,7 @@ def test_an_approximation_is_measured_on_request(name):
     again, unmeasured = solve_with_info(inverse, V)
     assert relative_error(flat(again), flat(solved)) < 1e-14
     assert jnp.all(info.residual > 0.01)
-    assert bool(jnp.all(jnp.isnan(unmeasured.residual))) is approximate
+    assert (unmeasured.residual is None) is approximate
     assert jnp.all(unmeasured.converged)
     costs = [
         jax.jit(lambda V, run=run: run(inverse, V)).lower(V).compile().cost_analysis()["flops"]

@@ -192,3 +192,26 @@ class TestInfluence:
         with compilations() as names:
             ij.ekfac(case.objective, other[0], ij.Batch(other[1], case.data.y))
         assert names == []
+
+
+@pytest.mark.parametrize("solver", [ij.Direct, ij.Eigh])
+@pytest.mark.parametrize("fit", [ij.ekfac, ij.kfac])
+def test_a_feature_that_is_always_zero(fit, solver):
+    """Without a damping its direction is left out, and said not to have converged; with one it is as any other."""
+    params = {"a": {"kernel": normal(4, 3, number=0)}, "b": {"kernel": jnp.eye(3)[:, :2]}}
+    objective = ij.Objective(
+        lambda p, z: jnp.tanh(z.x @ p["a"]["kernel"]) @ p["b"]["kernel"], lambda out, z: 0.5 * jnp.sum((out - z.y) ** 2)
+    )
+    x = normal(30, 4, number=1) * np.array([[1.0, 1.0, 0.0, 1.0]])
+    data = ij.Batch(x, normal(30, 2, number=2))
+    query = ij.Batch(normal(2, 4, number=3), data.y[:2])  # where the feature is not zero
+    curvature, V = fit(objective, params, data, labels="empirical"), ij.per_example_grads(objective, params, query)
+    matrix = np.asarray(ij.to_dense(curvature))
+    values, vectors = np.linalg.eigh(matrix)
+    for damping in (0.0, 1e-6):
+        alive = (values + damping) > 1e-12 * values.max()
+        inverse = vectors[:, alive] / (values[alive] + damping) @ vectors[:, alive].T
+        for blocks in (False, True):
+            X, info = ij.invert(curvature, ij.Blockwise(solver(damping)) if blocks else solver(damping)).solve_many(V)
+            assert bool(info.converged.all()) is (damping > 0)
+            assert relative_error(flat(X, params), flat(V, params) @ inverse) < 1e-6

@@ -98,6 +98,24 @@ class TestRunningOutOfMemory:
         with pytest.raises(MemoryError, match=r"invert: ran out .* BlockCG or CG where Direct and Eigh form a matrix"):
             ij.invert(ij.Diagonal({"w": jnp.ones(9)}), ij.CG(1.0))
 
+    def test_of_a_matrix(self, monkeypatch):
+        """It is said how large it is, and what holds none; beyond what any device has it is refused at once."""
+        exhausted = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1048576 bytes.")
+
+        def fail(*args, **kwargs):
+            raise exhausted
+
+        loss = lambda params, z: jnp.sum(params["w"]) * z
+        ours, data = (lambda size: {"w": jnp.zeros(size, jnp.float32)}), jnp.ones(1, jnp.float32)
+        monkeypatch.setattr("influence_jax.solvers.direct.to_dense", fail)
+        size = r"Direct holds a matrix of 1,024 x 1,024 parameters, 4.00 MiB; BlockCG\(damping\) holds none.*ekfac"
+        with pytest.raises(MemoryError, match=rf"invert: ran out of memory, asking for 1.00 MiB at once. {size}"):
+            ij.invert(ij.EmpiricalFisher(loss, ours(1024), data), ij.Direct(1.0))
+        with pytest.raises(MemoryError, match=r"Of block 'w', Eigh holds a matrix of 512 x 512"):
+            ij.invert(ij.EmpiricalFisher(loss, ours(512), data), ij.Blockwise(ij.Eigh(1.0)))
+        with pytest.raises(MemoryError, match=r"solver: Direct holds a matrix of 4,194,304 x .* 64.00 TiB; BlockCG"):
+            ij.invert(ij.EmpiricalFisher(loss, ours(2**22), data), ij.Direct(1.0))
+
     def test_is_explained_once_by_the_innermost_call(self):
         with (
             pytest.raises(OutOfMemory, match=r"^inner: ran out") as caught,

@@ -81,7 +81,7 @@ class TestInverses:
             scores = ij.Influence(OBJECTIVE, params, inverse).influences
             assert relative_error(jax.jit(scores)(query, data), scores(query, data)) < 1e-12
         info = inverse.solve_many(ij.per_example_grads(OBJECTIVE, params, query))[1]
-        assert np.isnan(info.residual).all()  # nobody has read the data for it
+        assert info.residual is None  # nobody has read the data for it
         with pytest.raises(ValueError, match=r"RelativeDamping .* read once"):
             inverse.with_damping(ij.RelativeDamping(0.1))
 

@@ -407,6 +407,14 @@ class Restricted(LinearOperator):
         return self.op.symmetric
 
     @property
+    def is_curvature(self) -> bool:
+        return self.op.is_curvature
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return tuple(blocks.select(at, self.block) for at in self.op.fitted_at)
+
+    @property
     def rhs_chunk(self) -> int | None:
         return self.op.rhs_chunk
 

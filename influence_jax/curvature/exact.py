@@ -75,6 +75,14 @@ class OverData(LinearOperator, abc.ABC):
     def space(self) -> PyTree:
         return self.params
 
+    @property
+    def is_curvature(self) -> bool:
+        return True
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return (self.space,)
+
     def mv(self, v: PyTree) -> PyTree:
         tree.check_vector(v, self.params, "v")
         return _mean_product(self, v)

@@ -66,7 +66,8 @@ class Kronecker(LinearOperator):
     r"""Block-diagonal curvature with a Kronecker-factored eigenbasis in every block; made by `kfac` and `ekfac`.
 
     Its eigendecomposition is known, so `Direct` and `Eigh` solve in closed form, at any damping, and a
-    `RelativeDamping` is relative to the mean eigenvalue of each block, or of all for a block that has no curvature.
+    `RelativeDamping` is relative to the mean eigenvalue of each block, or of all for a block that has no curvature but
+    rounding.
 
     $v \mapsto Q_{in} (\Lambda \odot (Q_{in}^\top v\, Q_{out})) Q_{out}^\top$ for each layer's matrix, `(I, O)`.
 
@@ -99,6 +100,14 @@ class Kronecker(LinearOperator):
     @property
     def space(self) -> PyTree:
         return self.params
+
+    @property
+    def is_curvature(self) -> bool:
+        return True
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return (self.space,)
 
     def __mul__(self, factor: float | Array) -> LinearOperator:
         scaled = LinearOperator.__mul__(self, factor)

@@ -165,6 +165,21 @@ class LinearOperator(abc.ABC):
         return False
 
     @property
+    def is_curvature(self) -> bool:
+        """Whether it is a curvature of a loss, of which `Influence` takes the inverse."""
+        return False
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        """The parameters it was computed at, trees like `space`, one for each part of it; none if it has none."""
+        return ()
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether its products can still be had; not those over data that were read once and are gone."""
+        return True
+
+    @property
     def layout(self) -> Layout:
         """How vectors are laid out on a mesh of devices, if there is one."""
         return Layout()
@@ -250,6 +265,14 @@ class Sum(LinearOperator):
         return any(term.on_host for term in self.terms)
 
     @property
+    def is_curvature(self) -> bool:
+        return any(term.is_curvature for term in self.terms)
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return tuple(at for term in self.terms for at in term.fitted_at)
+
+    @property
     def layout(self) -> Layout:
         return next((term.layout for term in self.terms if term.layout.params), Layout())
 
@@ -303,6 +326,14 @@ class Scaled(LinearOperator):
     @property
     def on_host(self) -> bool:
         return self.op.on_host
+
+    @property
+    def is_curvature(self) -> bool:
+        return self.op.is_curvature
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return self.op.fitted_at
 
     @property
     def layout(self) -> Layout:

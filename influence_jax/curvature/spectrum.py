@@ -147,8 +147,8 @@ class Spectrum:
     def _extreme(self, place: Array) -> tuple[Array, Array]:
         return self.values.reshape(-1)[place], self.residuals.reshape(-1)[place]
 
-    def trace_of(self, fn: Callable[[Array], Array]) -> tuple[Array, Array]:
-        r"""Stochastic Lanczos quadrature: $\mathrm{tr} f(A)$ and its standard error over probes (NaN from one).
+    def trace_of(self, fn: Callable[[Array], Array]) -> tuple[Array, Array | None]:
+        r"""Stochastic Lanczos quadrature: $\mathrm{tr} f(A)$ and its standard error over probes (None from one).
 
         Args:
           fn: Function of an array of eigenvalues.
@@ -157,16 +157,16 @@ class Spectrum:
         """
         estimates = self.size * (self.weights * fn(self.values)).sum(axis=1)
         probes, mean = estimates.shape[0], estimates.mean()
-        return mean, estimates.std(ddof=1) / probes**0.5 if probes > 1 else jnp.nan * mean
+        return mean, estimates.std(ddof=1) / probes**0.5 if probes > 1 else None
 
-    def effective_dimension(self, damping: float | Array) -> tuple[Array, Array]:
+    def effective_dimension(self, damping: float | Array) -> tuple[Array, Array | None]:
         r"""$\mathrm{tr}\, A (A + \lambda I)^{-1}$, how many directions the data determine, and its standard error.
 
         Args:
           damping: $\lambda$.
 
         Returns:
-          The estimate and its standard error, scalars.
+          The estimate and its standard error, scalars; no error, None, from a single probe.
         """
         return self.trace_of(lambda values: values / (values + damping))
 
@@ -208,7 +208,7 @@ class Spectrum:
             # A Ritz value may lie above the smallest eigenvalue: of none below zero, zero is the safe guess.
             condition = (float(high) + damping) / (min(float(low), 0.0) + damping)
             dimension, error = self.effective_dimension(damping)
-            spread = "" if np.isnan(error) else f" ± {float(error):.1f}"
+            spread = "" if error is None else f" ± {float(error):.1f}"
             steps = int(np.ceil(0.5 * condition**0.5 * np.log(2e5 * condition**0.5)))
             lines.append(f"{damping:10.1e}   {f'{float(dimension):.1f}{spread}':>19}   {condition:16.1e}   {steps}")
         return "\n".join(lines)

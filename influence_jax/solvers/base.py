@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import _reprs, tree
@@ -22,8 +23,8 @@ from ..curvature.capabilities import not_convex_because, settled
 from ..curvature.convexity import is_at_hand
 from ..curvature.loops import refuse_tracing
 from ..curvature.operator import Scaled, Sum
-from .damping import RelativeDamping, check_damping, check_resolved, damped_product
-from .info import Info, solved, worst
+from .damping import RelativeDamping, check_damping, check_resolved, damped_product, warn_of_noise
+from .info import NOT_FINITE, Info, is_nan, more_damping, solved, worst
 
 
 @runtime_checkable
@@ -49,7 +50,7 @@ class Solver(Protocol):
       ...
       ...     def apply_many(self, state, V):
       ...         ones = jnp.ones(len(jax.tree.leaves(V)[0]))
-      ...         info = ij.Info(jnp.int32(ones), jnp.nan * ones, ones > 0, jnp.nan * ones)
+      ...         info = ij.Info(jnp.int32(ones), None, ones > 0)  # None: not known
       ...         return jax.tree.map(lambda v: v / self.damping, V), info
       >>> inverse = ij.invert(ij.Identity({"w": jnp.ones(2)}), OneStep(2.0))
       >>> inverse.solver, inverse.mv({"w": jnp.ones(2)})["w"].tolist()
@@ -75,6 +76,10 @@ class Solver(Protocol):
         """
         raise NotImplementedError(f"{type(self).__name__} has no init(op, *, key)")
 
+    def init_noting(self, op: LinearOperator, *, key: Key | None = None) -> tuple[PyTree, Mapping[str, Array]]:
+        """As `init`, and for each block damped apart, whether it holds nothing but rounding."""
+        return self.init(op, key=key), {}
+
     def apply_many(self, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
         """Solve for all rows of the stack `V`, leaves `(K, *leaf)`; `state` is `init`'s, solutions float32 or wider."""
         raise NotImplementedError(f"{type(self).__name__} has no apply_many(state, V)")
@@ -83,6 +88,22 @@ class Solver(Protocol):
         """Solve for one vector `v` with the `state` of `init`, the K = 1 case of `apply_many`."""
         X, info = self.apply_many(state, tree.stack_of_one(v))
         return tree.only(X), jax.tree.map(lambda leaf: jnp.reshape(leaf, ()), info)
+
+    def advice(self, info: Info) -> str:
+        """Say what to change about solves that did not converge; the end of a `ConvergenceWarning`.
+
+        Args:
+          info: Of the solves that failed, leaves `(F,)`; a curvature below zero means that the operator is indefinite.
+        """
+        return NOT_FINITE if is_nan(info) else f"{more_damping(self)}, or compute in 64-bit mode"
+
+    def holds(self, op: LinearOperator) -> str:
+        """Say, ending in a space, what takes most memory where it ran out; nothing by default.
+
+        Args:
+          op: What is to be inverted.
+        """
+        return ""
 
     def with_damping(self, state: PyTree, damping: Any, *, key: Key | None = None) -> tuple[Solver, PyTree]:
         """The solver and its `state` at another `damping`, where that needs no new fit; `key` as in `init`.
@@ -115,14 +136,17 @@ def implicit_solve(
     )
 
 
-def measured(op: LinearOperator, damping: Array, X: PyTree, V: PyTree, lowest: Array | float = jnp.nan) -> Info:
+def measured(op: LinearOperator, damping: Array, X: PyTree, V: PyTree, lowest: Array | None = None) -> Info:
     """How far an approximation in closed form is from the exact solution; `converged` says only that it is finite."""
     op, damping, X, V = lax.stop_gradient((op, damping, X, V))
     norm = tree.norms(V)
     unlimited, none = jnp.full_like(norm, jnp.inf), jnp.zeros(norm.shape, jnp.int32)
-    lowest = jnp.broadcast_to(jnp.asarray(lowest, norm.dtype), norm.shape)
+    lowest = None if lowest is None else jnp.broadcast_to(jnp.asarray(lowest, norm.dtype), norm.shape)
+    finite = jnp.isfinite(tree.norms(X))
+    if not op.at_hand:
+        return Info(none, None, finite, lowest, none, jnp.zeros_like(norm))
     info = solved(lambda Y: damped_product(op, damping, Y), X, V, unlimited, none, lowest)[1]
-    return info._replace(converged=jnp.isfinite(tree.norms(X)))
+    return info._replace(converged=finite)
 
 
 @dataclass
@@ -241,6 +265,14 @@ class Inverse(LinearOperator):
     def on_host(self) -> bool:
         return self.op.on_host
 
+    @property
+    def is_curvature(self) -> bool:
+        return isinstance(self.op, Inverse) and self.op.op.is_curvature  # inverted twice, it is one again
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return self.op.fitted_at
+
     def __repr__(self) -> str:
         blocks = _reprs.counted(len(self.state), "block") if isinstance(self.state, dict) else ""  # as Blockwise has
         return _reprs.call(self, repr(self.op), repr(self.solver), blocks)
@@ -256,6 +288,50 @@ def _(op: Inverse) -> str:
     return not_convex_because(op.op)
 
 
+def check_inverse(inverse: LinearOperator, params: PyTree) -> None:
+    """Raise unless an operator may stand for an inverse curvature at `params`.
+
+    A curvature itself is never meant, nor an inverse that was fitted at other parameters, as after training on.  What
+    is traced or cannot be read here passes unseen.
+    """
+    if inverse.is_curvature:
+        raise TypeError(
+            f"inverse: got a curvature, {inverse!r}; expected its inverse: invert({inverse!r}, BlockCG(damping)), or "
+            "another solver"
+        )
+    for fitted in inverse.fitted_at:
+        for (name, leaf), (_, at) in zip(tree.named_leaves(params), tree.named_leaves(fitted), strict=True):
+            apart = _distance(leaf, at)
+            if apart is not None:
+                raise ValueError(
+                    f"params: leaf '{name}' is up to {apart:.1e} away from where {inverse!r} was fitted, expected the "
+                    "parameters it was fitted at; fit the inverse again at these, or pass those"
+                )
+
+
+def _distance(leaf: Any, other: Any) -> float | None:
+    """Return how far two leaves are apart where they differ in the narrower of their dtypes, else None."""
+    if leaf is other:
+        return None
+    left, right = _on_this_host(leaf), _on_this_host(other)
+    if left is None or right is None:
+        return None
+    narrow = min(left.dtype, right.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    left, right = left.astype(narrow), right.astype(narrow)
+    if np.array_equal(left, right, equal_nan=True):
+        return None
+    return float(np.max(np.abs(left.astype(np.float64) - right.astype(np.float64))))
+
+
+def _on_this_host(x: Any) -> np.ndarray | None:
+    """Return what an array holds; None of what is traced, abstract, deleted, or spread over processes."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray):
+        return None
+    if isinstance(x, jax.Array) and (x.is_deleted() or not (x.is_fully_addressable or x.is_fully_replicated)):
+        return None
+    return np.asarray(x)
+
+
 def check_solver(solver: object) -> None:
     """Raise unless it is a solver, and not its class."""
     if not isinstance(solver, Solver) or isinstance(solver, type):
@@ -265,7 +341,6 @@ def check_solver(solver: object) -> None:
         )
 
 
-@memory_errors("invert", SOLVE_KNOBS)
 def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inverse:
     r"""Invert an operator: fit the solver once, then apply $(A + \lambda I)^{-1}$ as often as needed.
 
@@ -294,14 +369,16 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
     check_solver(solver)
     if key is not None:
         check_key(key, "solvers and dampings may draw random numbers")
-    if op.on_host:
-        state = solver.init(op, key=key)
-        check_losses(op)  # unless a pass over the loader has shown them
-    else:
-        check_losses(op)
-        op = _with_sign(op, solver)
-        state = _init(solver, op, key)
+    with memory_errors("invert", lambda: f"{solver.holds(op)}Less is taken by {SOLVE_KNOBS}"):
+        if op.on_host:
+            state, noise = solver.init_noting(op, key=key)
+            check_losses(op)  # unless a pass over the loader has shown them
+        else:
+            check_losses(op)
+            op = _with_sign(op, solver)
+            state, noise = _init(solver, op, key)
     check_resolved(solver, state, op)
+    warn_of_noise(noise, op)
     return Inverse(op, solver, state)
 
 
@@ -342,7 +419,7 @@ def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]
     """
     if isinstance(op, Inverse):
         X, info = op.solve_many(V)
-        return X, info._replace(residual=jnp.full_like(info.residual, jnp.nan)) if op.solver.approximate else info
+        return X, info._replace(residual=None) if op.solver.approximate else info
     if isinstance(op, Scaled):
         X, info = solve_with_info(op.op, V)
         return tree.scale(op.factor, X), info
@@ -354,8 +431,8 @@ def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]
 
 
 @compiled
-def _init(solver: Solver, op: LinearOperator, key: Key | None) -> PyTree:
-    return solver.init(op, key=key)
+def _init(solver: Solver, op: LinearOperator, key: Key | None) -> tuple[PyTree, Mapping[str, Array]]:
+    return solver.init_noting(op, key=key)
 
 
 @compiled
@@ -370,4 +447,4 @@ def _solve_many(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]
 
 def _solution(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
     X, info = solver.apply_many(state, V)
-    return X, Info(*(jnp.broadcast_to(field, info.converged.shape) for field in info))
+    return X, jax.tree.map(lambda field: jnp.broadcast_to(field, info.converged.shape), info)

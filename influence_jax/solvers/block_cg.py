@@ -18,7 +18,7 @@ from ..curvature import LinearOperator
 from ..curvature.loops import while_loop
 from .base import Solver, implicit_solve
 from .damping import RelativeDamping, check_iteration, damped_product, needs_damping, redamp, resolve_damping
-from .info import Info, solved
+from .info import Info, iterative_advice, solved
 
 
 class BlockCGState(NamedTuple):
@@ -88,6 +88,9 @@ class BlockCG(Solver):
         return implicit_solve(
             state.op, state.damping, V, partial(map_chunks, solve, chunk=self.block_size, shared=False)
         )
+
+    def advice(self, info: Info) -> str:
+        return iterative_advice(self, info)
 
     def with_damping(self, state: BlockCGState, damping: Any, *, key: Key | None = None) -> tuple[Any, BlockCGState]:
         return redamp(self, state, damping, key)

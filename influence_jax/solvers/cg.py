@@ -18,7 +18,7 @@ from ..curvature import LinearOperator
 from ..curvature.loops import while_loop
 from .base import Solver, implicit_solve
 from .damping import RelativeDamping, check_iteration, damped_product, needs_damping, redamp, resolve_damping
-from .info import Info, solved
+from .info import Info, iterative_advice, solved
 
 
 class CGState(NamedTuple):
@@ -71,6 +71,11 @@ class CG(Solver):
         check_iteration(self)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Solver | LinearOperator):
             raise TypeError(f"preconditioner: got {self.preconditioner!r}, expected a solver, a LinearOperator or None")
+        if isinstance(self.preconditioner, LinearOperator) and self.preconditioner.is_curvature:
+            raise TypeError(
+                f"preconditioner: got a curvature, {self.preconditioner!r}, expected what approximates the inverse: "
+                f"invert({self.preconditioner!r}, Direct(damping))"
+            )
         if self.preconditioner is not None and not self.preconditioner.symmetric:
             raise ValueError(
                 f"preconditioner: got {self.preconditioner!r}, whose answers are random, expected a fixed self-adjoint "
@@ -112,6 +117,9 @@ class CG(Solver):
         if isinstance(self.preconditioner, LinearOperator):
             return lax.stop_gradient(self.preconditioner).mm
         return lambda R: self.preconditioner.apply_many(fitted, R)[0]
+
+    def advice(self, info: Info) -> str:
+        return iterative_advice(self, info)
 
     def with_damping(self, state: CGState, damping: Any, *, key: Key | None = None) -> tuple[CG, CGState]:
         return redamp(self, state, damping, key)

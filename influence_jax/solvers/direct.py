@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ import numpy as np
 from jax import lax
 
 from .. import tree
+from .._memory import OutOfMemory, readable
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, chunk_in_cache
+from ..blocks import join, select
 from ..curvature import (
     LinearOperator,
     LowRank,
@@ -24,17 +27,18 @@ from ..curvature import (
     shifted,
     spectral,
     to_dense,
-    trace,
 )
 from ..curvature.capabilities import wide_dtype
 from .base import Inverse, Solver, implicit_solve
-from .damping import RelativeDamping, check_damping, needs_damping, redamp, resolve_damping
-from .info import Info
+from .damping import RelativeDamping, block_dampings, check_damping, needs_damping, redamp, resolve_damping
+from .info import NOT_FINITE, Info, is_nan, more_damping, worst
 
 # Power iterations for the norm of a factorised operator; it is needed to one digit.
 NORM_STEPS = 10
 # Largest relative residual, as rounding lets it be estimated, at which an exact solve still counts as converged.
 MAX_ROUNDING = 1e-2
+# Bytes of a matrix, 16 TiB, that no device has: refused in words before a program is compiled for it.
+LARGEST_MATRIX = 2**44
 
 
 class CholeskyState(NamedTuple):
@@ -94,8 +98,18 @@ class Direct(Solver):
         check_damping(self.damping)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> CholeskyState | SpectralState | BlocksState:
+        return self.init_noting(op, key=key)[0]
+
+    def init_noting(
+        self, op: LinearOperator, *, key: Key | None = None
+    ) -> tuple[CholeskyState | SpectralState | BlocksState, OrderedDict[str, Array]]:
         if is_blocked(op):
-            return BlocksState(op, _dampings(self.damping, op, key))
+            return _blocks_state(op, self.damping, key)
+        if not has_spectral(op):
+            _check_dense(self, op)
+        return self._whole(op, key), OrderedDict()
+
+    def _whole(self, op: LinearOperator, key: Key | None) -> CholeskyState | SpectralState:
         damping = resolve_damping(self.damping, op, key)
         if has_spectral(op) or not op.psd:
             return spectral_state(op, damping)
@@ -113,6 +127,12 @@ class Direct(Solver):
             return cholesky_solve(fixed, B) if isinstance(fixed, CholeskyState) else spectral_solve(fixed, B)
 
         return implicit_solve(state.op, state.damping, V, solve)
+
+    def advice(self, info: Info) -> str:
+        return _advice(self, info)
+
+    def holds(self, op: LinearOperator) -> str:
+        return _holds(self, op)
 
     def with_damping(
         self, state: CholeskyState | SpectralState | BlocksState, damping: Any, *, key: Key | None = None
@@ -158,14 +178,27 @@ class Eigh(Solver):
         check_damping(self.damping)
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> SpectralState | BlocksState:
+        return self.init_noting(op, key=key)[0]
+
+    def init_noting(
+        self, op: LinearOperator, *, key: Key | None = None
+    ) -> tuple[SpectralState | BlocksState, OrderedDict[str, Array]]:
         if is_blocked(op):
-            return BlocksState(op, _dampings(self.damping, op, key))
-        return spectral_state(op, resolve_damping(self.damping, op, key))
+            return _blocks_state(op, self.damping, key)
+        if not has_spectral(op):
+            _check_dense(self, op)
+        return spectral_state(op, resolve_damping(self.damping, op, key)), OrderedDict()
 
     def apply_many(self, state: SpectralState | BlocksState, V: PyTree) -> tuple[PyTree, Info]:
         if isinstance(state, BlocksState):
             return _solve_blocks(state, V)
         return implicit_solve(state.op, state.damping, V, lambda B: spectral_solve(lax.stop_gradient(state), B))
+
+    def advice(self, info: Info) -> str:
+        return _advice(self, info)
+
+    def holds(self, op: LinearOperator) -> str:
+        return _holds(self, op)
 
     def with_damping(
         self, state: SpectralState | BlocksState, damping: Any, *, key: Key | None = None
@@ -176,26 +209,55 @@ class Eigh(Solver):
         return _inverses(inverse)
 
 
+def _advice(solver: Solver, info: Info) -> str:
+    """Advise on exact solves, where the system is singular to rounding, or its numbers are not finite."""
+    if is_nan(info):
+        return f"the system is singular: {more_damping(solver)}; unless {NOT_FINITE}"
+    return f"the system is singular to rounding: {more_damping(solver)}, or compute in 64-bit mode"
+
+
+def _holds(solver: Solver, op: LinearOperator) -> str:
+    """Say how large the matrix is that an operator without closed form is written out as."""
+    if has_spectral(op):
+        return ""
+    size, memory = f"{op.size:,}", readable(_dense_bytes(op))
+    return (
+        f"{type(solver).__name__} holds a matrix of {size} x {size} parameters, {memory}; "
+        "BlockCG(damping) holds none, and the closed form of ekfac(...) with Direct only those of layers. "
+    )
+
+
+def _dense_bytes(op: LinearOperator) -> int:
+    """Return how many bytes the matrix of an operator takes."""
+    return op.size**2 * wide_dtype(op.space).itemsize
+
+
+def _check_dense(solver: Solver, op: LinearOperator) -> None:
+    """Raise, before anything is compiled, if no device could hold the matrix."""
+    if _dense_bytes(op) > LARGEST_MATRIX:
+        raise OutOfMemory(f"solver: {_holds(solver, op)}".rstrip())
+
+
 def is_blocked(op: LinearOperator) -> bool:
     """Whether the operator is made of several blocks with closed-form eigendecompositions."""
     return len(diagonal_blocks(op)) > 1 and has_spectral(op)
 
 
-def _dampings(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> OrderedDict[str, Array]:
-    """The absolute damping of each block; relative to the mean of all for a block that has no curvature."""
+def _blocks_state(
+    op: LinearOperator, damping: float | Array | RelativeDamping, key: Key | None
+) -> tuple[BlocksState, OrderedDict[str, Array]]:
+    """Return the state of an operator of blocks, and which of them hold nothing but rounding."""
     parts = OrderedDict((name, restrict(op, block)) for name, block in diagonal_blocks(op).items())
     if not isinstance(damping, RelativeDamping):
-        return OrderedDict((name, resolve_damping(damping, part, key)) for name, part in parts.items())
-    traces = {name: trace(part) for name, part in parts.items()}
-    mean = jnp.sum(jnp.stack(list(traces.values()))) / op.size
-    means = {name: jnp.where(traces[name] == 0, mean, traces[name] / part.size) for name, part in parts.items()}
-    positive = lambda x: jnp.where(x > 0, damping.factor * x, jnp.nan).astype(wide_dtype(op.space))
-    return OrderedDict((name, positive(x)) for name, x in means.items())
+        same = ((name, resolve_damping(damping, part, key)) for name, part in parts.items())
+        return BlocksState(op, OrderedDict(same)), OrderedDict()
+    dampings, noise = block_dampings(dict.fromkeys(parts, damping), parts, dict.fromkeys(parts, key))
+    return BlocksState(op, dampings), noise
 
 
 def _redamp(solver: Any, state: SpectralState | BlocksState, damping: Any, key: Key | None) -> tuple[Any, Any]:
     if isinstance(state, BlocksState):
-        return dataclasses.replace(solver, damping=damping), BlocksState(state.op, _dampings(damping, state.op, key))
+        return dataclasses.replace(solver, damping=damping), _blocks_state(state.op, damping, key)[0]
     return redamp(solver, state, damping, key)
 
 
@@ -211,14 +273,24 @@ def _inverses(inverse: Inverse) -> OrderedDict[str, Inverse]:
 
 
 def _solve_blocks(state: BlocksState, V: PyTree) -> tuple[PyTree, Info]:
-    """All blocks at once: the damping of each is part of an operator that is then solved without any."""
+    """Solve block by block; to differentiation the damping of each is part of an operator solved without any."""
     none = jnp.zeros_like(next(iter(state.dampings.values())))
     damped = shifted(state.op, state.dampings)
-    fixed = lax.stop_gradient(damped)
-    X, info = implicit_solve(damped, none, V, lambda B: spectral_solve(SpectralState(fixed, none, fixed, none), B))
-    parts = [jax.tree.leaves(spectral(restrict(fixed, block)).values) for block in diagonal_blocks(fixed).values()]
-    lowest = jnp.stack([jnp.min(jnp.stack([jnp.min(jnp.abs(x)) for x in leaves])) for leaves in parts])
-    return X, info._replace(block=jnp.broadcast_to(jnp.argmin(lowest).astype(jnp.int32), info.converged.shape))
+    return implicit_solve(damped, none, V, partial(_solve_each, lax.stop_gradient(state)))
+
+
+def _solve_each(state: BlocksState, B: PyTree) -> tuple[PyTree, Info]:
+    """Solve every block, each judged by its own largest eigenvalue; `Info.block` is where the system is worst."""
+    solved, infos = {}, []
+    for name, block in diagonal_blocks(state.op).items():
+        part, damping = restrict(state.op, block), state.dampings[name]
+        alone = SpectralState(part, damping, part, jnp.zeros_like(damping))
+        solved[name], info = spectral_solve(alone, select(B, block))
+        infos.append(info)
+    merged = cast(Info, worst(infos))
+    lowest = [jnp.where(info.converged, jnp.abs(info.min_curvature), -1) for info in infos]
+    block = jnp.argmin(jnp.stack(lowest), axis=0).astype(jnp.int32)
+    return join(solved, B), merged._replace(block=block)
 
 
 def has_spectral(op: LinearOperator) -> bool:
@@ -269,32 +341,42 @@ def cholesky_solve(state: CholeskyState, B: PyTree) -> tuple[PyTree, Info]:
     X = tree.cast_like(tree.unflatten(flat, state.op.space), B)
     error = _rounding(state.op.size, state.factor.dtype) * state.norm
     unit = tree.norms(X)
-    along = tree.scale_rows(1 / jnp.where(unit > 0, unit, 1), X)
-    curvature = tree.dots(along, B) / unit  # xᵀAx / xᵀx, for A x = b
+    length = jnp.where(unit > 0, unit, 1)
+    along = tree.scale_rows(1 / length, X)
+    # xᵀAx / xᵀx, for A x = b; of x = 0 there is none
+    curvature = jnp.where(unit == 0, jnp.inf, tree.dots(along, B) / length)
     return X, _info(X, B, error, curvature)
 
 
 def spectral_solve(state: SpectralState, B: PyTree) -> tuple[PyTree, Info]:
-    """Divide by the damped eigenvalues; directions whose eigenvalue has no correct digit are left out."""
+    """Divide by the damped eigenvalues; directions whose eigenvalue has no correct digit are left out.
+
+    Entries that a person gives, as of `Diagonal`, are exact.  The eigenvalues of a curvature were computed, in closed
+    form too: without a damping, or with one below the square of rounding, those below the rounding of the largest are
+    noise, as of a feature that is always zero.
+    """
     to_basis, from_basis, values = spectral(state.decomposed)
     damped = jax.tree.map(lambda d: d + state.damping.astype(d.dtype), values)
     entries = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(damped)])
-    error = state.rounding.astype(entries.dtype) * jnp.max(jnp.abs(entries))
+    largest, rounding = jnp.max(jnp.abs(entries)), _rounding(state.op.size, entries.dtype)
+    error = state.rounding.astype(entries.dtype) * largest
+    undamped = state.op.is_curvature & (state.damping.astype(entries.dtype) <= rounding**2 * largest)
+    floor = jnp.maximum(error, jnp.where(undamped, rounding * largest, 0))
 
     def divide(coordinate: Array, value: Array) -> Array:
-        dead = jnp.abs(value) <= error.astype(value.dtype)
+        dead = jnp.abs(value) <= floor.astype(value.dtype)
         inverse = jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, value)).astype(coordinate.dtype)
         return coordinate * jnp.broadcast_to(inverse, coordinate.shape)
 
     X = tree.cast_like(from_basis(jax.tree.map(divide, to_basis(B), damped)), B)
     rows = jax.tree.leaves(B)[0].shape[:1]
     info = _info(X, B, error, jnp.broadcast_to(jnp.min(entries), rows))
-    return X, info._replace(converged=info.converged & jnp.all(jnp.abs(entries) > error))
+    return X, info._replace(converged=info.converged & jnp.all(jnp.abs(entries) > floor))
 
 
 def _info(X: PyTree, B: PyTree, error: Array, curvature: Array) -> Info:
     """Converged where the factorisation's error, times the solution, is small beside the right-hand side."""
     norm = tree.norms(B)
     missed = error.astype(norm.dtype) * tree.norms(X)
-    none, unknown = jnp.zeros(norm.shape, jnp.int32), jnp.full_like(norm, jnp.nan)
-    return Info(none, unknown, missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype), none, jnp.zeros_like(norm))
+    none = jnp.zeros(norm.shape, jnp.int32)
+    return Info(none, None, missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype), none, jnp.zeros_like(norm))

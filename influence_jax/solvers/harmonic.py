@@ -16,7 +16,7 @@ from ..curvature.exact import sum_over_data
 from ..curvature.per_example import root_factors
 from .base import Solver, measured
 from .damping import RelativeDamping, check_damping, needs_damping, redamp, resolve_damping
-from .info import Info
+from .info import Info, more_damping
 
 
 class HarmonicState(NamedTuple):
@@ -80,6 +80,10 @@ class HarmonicMean(Solver):
         share = weight / total  # one, except for minibatches of weighted data
         X = jax.tree.map(lambda v, g: ((share * v - g / total) / damping).astype(v.dtype), V, along)
         return X, measured(op, damping, X, V)
+
+    def advice(self, info: Info) -> str:
+        """Point to the damping, which the solution is divided by."""
+        return f"{more_damping(self)}, which it divides by: it has to be positive, and gradients finite"
 
     def with_damping(self, state: HarmonicState, damping: Any, *, key: Key | None = None) -> tuple[Any, HarmonicState]:
         return redamp(self, state, damping, key)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ class Info(NamedTuple):
 
     Attributes:
       steps: Iterations spent, 0 for closed forms; int32.
-      residual: `||b - A x|| / ||b||` of the damped operator A, NaN where no extra product was spent on it.
+      residual: `||b - A x|| / ||b||` of the damped operator A; None if no extra product was spent on it.
       converged: Whether the answer can be relied on.
-      min_curvature: Smallest `vᵀAv / vᵀv` met on the damped operator; negative means indefinite.
+      min_curvature: Smallest `vᵀAv / vᵀv` met on the damped operator, negative means indefinite; None if the solver
+        meets none, and infinite, the least of nothing, for a right-hand side of zero that took no step.
       block: Which block, counted in `inverse.blocks`, went worst; 0 where there is only one; int32.
-      standard_error: Of a randomised solution over its repeats, relative to its length: 0 where nothing is random, NaN
+      standard_error: Of a randomised solution over its repeats, relative to its length: 0 where nothing is random, None
         from a single repeat.
 
     Example:
@@ -37,11 +39,11 @@ class Info(NamedTuple):
     """
 
     steps: Array
-    residual: Array
+    residual: Array | None
     converged: Array
-    min_curvature: Array
+    min_curvature: Array | None = None
     block: Array | int = 0
-    standard_error: Array | float = 0.0
+    standard_error: Array | float | None = 0.0
 
     def __repr__(self) -> str:
         converged, block, error = map(_reprs.numbers, (self.converged, self.block, self.standard_error))
@@ -54,14 +56,12 @@ class Info(NamedTuple):
         told = {"steps": self.steps, "residual": self.residual, "min_curvature": self.min_curvature}
         told |= {"block": self.block} if block is None or block.any() else {}
         told |= {"standard_error": self.standard_error} if error is None or error.any() else {}
-        spans = {name: _reprs.span(field) for name, field in told.items()}
-        return _reprs.call(
-            self, outcome, *(f"{name} {span}" for name, span in spans.items() if span not in ("", "NaN"))
-        )
+        spans = {name: _reprs.span(field) for name, field in told.items() if field is not None}
+        return _reprs.call(self, outcome, *(f"{name} {span}" for name, span in spans.items() if span))
 
 
 def solved(
-    mm: Callable[[PyTree], PyTree], X: PyTree, B: PyTree, tolerance: Array, steps: Array, lowest: Array
+    mm: Callable[[PyTree], PyTree], X: PyTree, B: PyTree, tolerance: Array, steps: Array, lowest: Array | None
 ) -> tuple[PyTree, Info]:
     """An iterative solution, and how good it is by its true residual, for which one product is spent.
 
@@ -71,17 +71,18 @@ def solved(
       B: Right-hand sides.
       tolerance: On the relative residual, `(K,)`.
       steps: Iterations, `(K,)`.
-      lowest: Smallest curvature met, `(K,)`; infinite if none was.
+      lowest: Smallest curvature met, `(K,)`; infinite where none was, None if the solver meets none.
     """
     norm = tree.norms(B)
     unit = jnp.where(norm > 0, norm, 1)
     scaled = [tree.scale_rows(1 / unit, rows) for rows in (B, X)]  # a difference of tiny numbers is none
     residual = tree.norms(tree.subtract(scaled[0], mm(scaled[1])))
     # A product or a right-hand side that is not finite may leave X at 0, which would pass for an answer.
-    X = tree.where_rows(jnp.isfinite(residual), X, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), X))
+    X = tree.where_rows(
+        jnp.isfinite(residual), X, jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), X)
+    )
     # Rounding lets a recurrence run ahead of the true residual; a factor of two is noise, more is not converged.
     converged = residual <= 2 * tolerance
-    lowest = jnp.where(jnp.isinf(lowest), jnp.nan, lowest)
     return X, Info(steps, residual, converged, lowest, jnp.zeros_like(steps), jnp.zeros_like(residual))
 
 
@@ -89,15 +90,26 @@ def worst(infos: Sequence[Info]) -> Info | None:
     """Field by field the worst of several solves; None of none."""
     if not infos:
         return None
-    steps, residual, converged, curvature, block, error = (jnp.stack(field) for field in zip(*infos, strict=True))
+    steps, residual, converged, curvature, block, error = zip(*infos, strict=True)
     return Info(
-        jnp.max(steps, axis=0),
-        jnp.max(residual, axis=0),
-        jnp.all(converged, axis=0),
-        jnp.nanmin(curvature, axis=0),
-        jnp.max(block, axis=0),
-        jnp.max(error, axis=0),
+        jnp.max(jnp.stack(steps), axis=0),
+        None if _unknown(residual) else jnp.max(jnp.stack(residual), axis=0),
+        jnp.all(jnp.stack(converged), axis=0),
+        lowest_known(curvature),
+        jnp.max(jnp.stack(block), axis=0),
+        None if _unknown(error) else jnp.max(jnp.stack(error), axis=0),
     )
+
+
+def _unknown(fields: Sequence[Any]) -> bool:
+    """Tell whether one of several is not known, and so not the worst of them either."""
+    return any(field is None for field in fields)
+
+
+def lowest_known(curvatures: Sequence[Array | None]) -> Array | None:
+    """The smallest of the curvatures that are known; None of none."""
+    known = [curvature for curvature in curvatures if curvature is not None]
+    return functools.reduce(jnp.fmin, known) if known else None
 
 
 class ConvergenceWarning(UserWarning):
@@ -148,21 +160,77 @@ def all_converged(info: Info) -> bool:
 def describe_failure(info: Info, inverse: LinearOperator) -> str:
     """Which solves failed, how badly, and what to change."""
     failed = ~np.asarray(info.converged)
-    residuals, curvatures = np.asarray(info.residual)[failed], np.asarray(info.min_curvature)[failed]
-    lowest = float(np.fmin.reduce(curvatures, axis=None))
-    facts = [f"worst relative residual {np.max(residuals):.1e}"] if np.all(np.isfinite(residuals)) else []
-    facts += [f"smallest curvature {lowest:.1e}"] if np.isfinite(lowest) else []
+    told: Any = jax.tree.map(lambda field: np.broadcast_to(np.asarray(field), failed.shape)[failed], info)
+    facts = []
+    if told.residual is not None and np.isfinite(told.residual).all():
+        facts.append(f"worst relative residual {np.max(told.residual):.1e}")
+    if np.isfinite(lowest_of(told)):
+        facts.append(f"smallest curvature {lowest_of(told):.1e}")
     details = f" ({', '.join(facts)})" if facts else ""
-    names = list(getattr(inverse, "by_block", [""]))
-    blocks = np.broadcast_to(info.block, failed.shape)[failed]
-    where = sorted({names[index] for index in blocks}) if len(names) > 1 else []
+    by_block: Mapping[str, Any] = getattr(inverse, "by_block", {})
+    names = list(by_block)
+    where = sorted({names[index] for index in told.block}) if len(names) > 1 else []
     in_blocks = f" in block{'s' * (len(where) > 1)} {', '.join(map(repr, where))}" if where else ""
-    if lowest < 0:
-        why = not_convex_because(inverse) or "the operator is indefinite; use GGN"
-        advice = f"{why}; raise the damping, or use Eigh, which is exact"
+    if where:
+        advice = [_advice(by_block[name], told, told.block == names.index(name)) for name in where]
     else:
-        advice = "raise the damping, the tolerance or max_steps, or compute in 64-bit mode"
+        advice = [_advice(part, told, np.ones(len(told.block), bool)) for part in _inverses(inverse)]
     return (
         f"{inverse!r}: {failed.sum()} of {failed.size} solves did not converge{in_blocks}{details}, so what is "
-        f"computed from them cannot be relied on: {advice}"
+        f"computed from them cannot be relied on: {'; '.join(dict.fromkeys(advice))}"
     )
+
+
+NOT_FINITE = (
+    "a right-hand side or a product with the operator is NaN or infinite: look for an example whose loss or gradient "
+    "is not finite"
+)
+USE_GGN = "the operator is indefinite; use GGN"
+INDEFINITE = USE_GGN + "; raise the damping by more than {needed:.1e}, or use Eigh, which is exact"
+
+
+def lowest_of(info: Info) -> float:
+    """Return the smallest curvature that is known of several solves; infinite if none is."""
+    known = np.zeros(0) if info.min_curvature is None else np.asarray(info.min_curvature)
+    return float(np.fmin.reduce(known, axis=None, initial=np.inf))
+
+
+def is_nan(info: Info) -> bool:
+    """Tell whether what is known of solves says that numbers in them were not finite."""
+    known = [field for field in (info.residual, info.min_curvature) if field is not None]
+    return any(bool(np.isnan(field).any()) for field in known)
+
+
+def more_damping(solver: Any) -> str:
+    """Ask for more damping, and say so where there is none."""
+    damping = _reprs.numbers(getattr(solver, "damping", None))
+    return "raise the damping" + (", which is 0" if damping is not None and damping.ndim == 0 and damping == 0 else "")
+
+
+def iterative_advice(solver: Any, info: Info) -> str:
+    """Advise on conjugate gradients: out of steps, indefinite, or stopped by rounding."""
+    if is_nan(info):
+        return NOT_FINITE
+    if lowest_of(info) < 0:
+        return INDEFINITE.format(needed=-lowest_of(info))
+    if np.max(info.steps) >= solver.max_steps:
+        return f"{more_damping(solver)}, or rtol, or max_steps, all {solver.max_steps} of which were spent"
+    return f"rounding stopped it: {more_damping(solver)}, or rtol, or compute in 64-bit mode"
+
+
+def _inverses(op: Any) -> list[Any]:
+    """Return the inverses that an operator is made of: itself, or those in a sum or a multiple."""
+    if hasattr(op, "solver"):
+        return [op]
+    terms = getattr(op, "terms", (op.op,) if hasattr(op, "op") else ())
+    return [part for term in terms for part in _inverses(term)]
+
+
+def _advice(inverse: Any, info: Any, rows: np.ndarray) -> str:
+    """Ask the solver what to change; curvature below zero is rounding where the operator has none."""
+    told = jax.tree.map(lambda field: field[rows], info)
+    if inverse.op.psd and told.min_curvature is not None:
+        told = told._replace(min_curvature=np.maximum(told.min_curvature, 0))
+    why = not_convex_because(inverse.op)  # of a GGN, which is not told to be one
+    advice = inverse.solver.advice(told)
+    return advice.replace(USE_GGN, why) if why else advice

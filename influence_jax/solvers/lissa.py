@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import tree
@@ -28,7 +29,7 @@ from .damping import (
     needs_damping,
     resolve_damping,
 )
-from .info import Info, solved
+from .info import NOT_FINITE, Info, is_nan, solved
 
 # Power iterations for the scale, and how far above the estimate it is put: the estimate comes from below.
 POWER_STEPS = 30
@@ -127,14 +128,14 @@ class LiSSA(Solver):
         tolerance = (rtol * norm).astype(norm.dtype)
         if self.batch_size is None or state.key is None:
             X, steps = self._chain(state, B, tolerance, None)
-            spread = jnp.zeros_like(norm)
+            spread: Array | None = jnp.zeros_like(norm)
         else:
             keys = jax.random.split(state.key, self.repeats)
             chains, counts = lax.map(lambda key: self._chain(state, B, tolerance, key), keys)
             X, steps = jax.tree.map(lambda x: jnp.mean(x, axis=0), chains), jnp.max(counts, axis=0)
             spread = _standard_error(chains, X)
         mm = partial(damped_product, state.op, state.damping)
-        X, info = solved(mm, X, B, jnp.full_like(norm, rtol), steps, jnp.full_like(norm, jnp.nan))
+        X, info = solved(mm, X, B, jnp.full_like(norm, rtol), steps, None)
         return X, info._replace(standard_error=spread)
 
     def _chain(self, state: LissaState, B: PyTree, tolerance: Array, key: Key | None) -> tuple[PyTree, Array]:
@@ -160,6 +161,15 @@ class LiSSA(Solver):
         end = while_loop(state.op)(lambda it: jnp.any(it.going) & (it.step < self.depth), step, start)
         return tree.scale(inverse_scale, end.h), end.steps
 
+    def advice(self, info: Info) -> str:
+        if is_nan(info):
+            return NOT_FINITE
+        if info.residual is not None and np.max(info.residual) >= 1:
+            given = "leave scale to None" if self.scale is not None else "raise the damping"
+            return f"the series diverges: its scale is below the largest eigenvalue + damping; raise scale or {given}"
+        noise = "repeats or batch_size, " if self.batch_size is not None else ""
+        return f"the series is not done: raise depth ({self.depth}), {noise}the damping, which shortens it, or rtol"
+
     def with_damping(self, state: LissaState, damping: Any, *, key: Key | None = None) -> tuple[LiSSA, LissaState]:
         moved = resolve_damping(damping, state.op, key)
         scale = state.scale + HEADROOM * jnp.maximum(moved - state.damping, 0)
@@ -175,13 +185,14 @@ class _Chain(NamedTuple):
     step: Array  # () int32
 
 
-def _standard_error(chains: PyTree, mean: PyTree) -> Array:
-    """Of the mean over chains, leaves `(R, K, *leaf)`, relative to its length; NaN from one chain."""
+def _standard_error(chains: PyTree, mean: PyTree) -> Array | None:
+    """Of the mean over chains, leaves `(R, K, *leaf)`, relative to its length; None from one chain."""
     repeats = tree.count(chains)
+    if repeats == 1:
+        return None
     squares = jnp.sum(jax.vmap(lambda x: tree.dots(*[tree.subtract(x, mean)] * 2))(chains), axis=0)
     size = tree.norms(mean)
-    error = jnp.sqrt(squares / max(repeats * (repeats - 1), 1)) / jnp.where(size > 0, size, 1)
-    return error if repeats > 1 else jnp.full_like(error, jnp.nan)
+    return jnp.sqrt(squares / (repeats * (repeats - 1))) / jnp.where(size > 0, size, 1)
 
 
 def _examples(op: LinearOperator) -> int:

@@ -18,7 +18,7 @@ from ..curvature.loops import fori_loop
 from ..curvature.spectrum import lanczos
 from .base import Solver, measured
 from .damping import RelativeDamping, check_damping, check_number, needs_damping, redamp, resolve_damping
-from .info import Info
+from .info import NOT_FINITE, Info, is_nan, lowest_of, more_damping
 
 # An eigenpair counts as found when its residual is below this part of the largest eigenvalue.
 RITZ_TOLERANCE = 1e-2
@@ -70,6 +70,18 @@ class LowRankSolver(Solver):
         info = measured(state.op, damping, X, V, state.lowest.astype(damping.dtype) + damping)
         return X, info._replace(converged=info.converged & state.found & jnp.all(usable))
 
+    def advice(self, info: Info) -> str:
+        """Say whether it is the damping, what was not found, or curvature that a sketch does not take."""
+        if self.complement and more_damping(self) != "raise the damping":
+            return f"{more_damping(self)}: what is outside of the eigenpairs is divided by it; or say complement=False"
+        if is_nan(info):
+            return NOT_FINITE
+        return f"the {self.rank} eigenpairs of largest size were not all found: {self._more()}"
+
+    def _more(self) -> str:
+        """Say what finds more."""
+        raise NotImplementedError("an abstract class")
+
     def with_damping(self, state: LowRankState, damping: Any, *, key: Key | None = None) -> tuple[Any, LowRankState]:
         return redamp(self, state, damping, key)
 
@@ -120,6 +132,9 @@ class Arnoldi(LowRankSolver):
             check_positive(self.steps, "steps")
             if self.steps < self.rank:
                 raise ValueError(f"steps: got {self.steps}, expected at least rank={self.rank}")
+
+    def _more(self) -> str:
+        return "raise rank, or steps"
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> LowRankState:
         key = check_key(key, "Arnoldi starts from a random vector; pass it to invert")
@@ -177,6 +192,14 @@ class Nystrom(LowRankSolver):
 
     Reference: Frangella, Tropp & Udell 2023, arXiv:2110.02820, algorithm 2.1; Hataya & Yamada 2023, arXiv:2302.09726.
     """
+
+    def advice(self, info: Info) -> str:
+        if lowest_of(info) < 0:
+            return "the operator is indefinite, which a Nyström sketch does not take; use Arnoldi"
+        return super().advice(info)
+
+    def _more(self) -> str:
+        return "raise rank"
 
     def init(self, op: LinearOperator, *, key: Key | None = None) -> LowRankState:
         key_sketch, key_damping = jax.random.split(check_key(key, "Nystrom draws a random sketch; pass it to invert"))

@@ -18,7 +18,7 @@ from ..curvature.exact import OverData, weighed
 from ..curvature.per_example import root_factors, row_count
 from .base import Solver, implicit_solve
 from .damping import RelativeDamping, check_damping, damped_product, needs_damping, redamp, resolve_damping
-from .info import Info, solved
+from .info import Info, more_damping, solved
 
 
 class SampleSpaceState(NamedTuple):
@@ -71,6 +71,10 @@ class SampleSpace(Solver):
 
     def apply_many(self, state: SampleSpaceState, V: PyTree) -> tuple[PyTree, Info]:
         return implicit_solve(state.op, state.damping, V, partial(_solve, lax.stop_gradient(state)))
+
+    def advice(self, info: Info) -> str:
+        """Point to the damping, which the solution is divided by."""
+        return f"{more_damping(self)}, which it divides by, or compute in 64-bit mode"
 
     def with_damping(
         self, state: SampleSpaceState, damping: Any, *, key: Key | None = None

@@ -116,6 +116,14 @@ class Dense(LinearOperator):
     def space(self) -> PyTree:
         return self.params
 
+    @property
+    def is_curvature(self) -> bool:
+        return True
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return (self.space,)
+
 
 @to_dense.register
 def _(op: Dense) -> Array:
@@ -135,6 +143,18 @@ class Read(LinearOperator):
     @property
     def space(self) -> PyTree:
         return self.params
+
+    @property
+    def is_curvature(self) -> bool:
+        return True
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return (self.space,)
+
+    @property
+    def at_hand(self) -> bool:
+        return False
 
 
 @trace.register

@@ -70,6 +70,14 @@ class Streamed(LinearOperator):
     def on_host(self) -> bool:
         return True
 
+    @property
+    def is_curvature(self) -> bool:
+        return True
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return (self.space,)
+
     def mv(self, v: PyTree) -> PyTree:
         tree.check_vector(v, self.space, "v")
         return tree.only(self.mm(tree.stack_of_one(v)))
