@@ -69,7 +69,7 @@ from .gradients import (
 )
 from .influence import Influence
 from .model import InfluenceFunctionModel, NotFittedError
-from .objective import Objective, softmax_labels
+from .objective import Objective, softmax_labels, softmax_sample
 from .scoring import InfluenceMode, TopK
 from .solvers import (
     CG,
@@ -171,6 +171,7 @@ __all__ = [
     "score_bounds",
     "sharding",
     "softmax_labels",
+    "softmax_sample",
     "spectral",
     "spectrum",
     "store",

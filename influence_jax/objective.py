@@ -147,6 +147,27 @@ def softmax_labels(label: str | int) -> SoftmaxLabels:
     return SoftmaxLabels(label)
 
 
+def softmax_sample(key: Key, logits: Array) -> Array:
+    r"""The gradient of a summed cross-entropy in the logits at labels drawn from the model, $p - e_{\hat y}$.
+
+    For `Objective(..., sample=softmax_sample)` where the loss is just that sum, a label per position: its second moment
+    is then the loss Hessian, for which nothing else is computed.  Of another loss it is refused; use `softmax_labels`.
+
+    Args:
+      key: Random key.
+      logits: `(..., C)`, a label per position.
+
+    Returns:
+      `(..., C)`.
+
+    Example:
+      >>> softmax_sample(jax.random.key(0), jnp.array([-jnp.inf, 0.0])).tolist()
+      [0.0, 0.0]
+    """
+    labels = jax.random.categorical(key, logits)
+    return jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+
+
 @dataclass
 class LossOnly:
     """A bare `f(params, example) -> scalar`: enough for gradients, Hessian and empirical Fisher."""

@@ -197,6 +197,22 @@ class TestCheckedSamples:
         with pytest.raises(ValueError, match="masked positions"):
             self.check(masked, softmax_draw())
 
+    def test_a_mask_of_the_fit_leaves_out_what_the_loss_does(self):
+        """A sample function does not see the example; what it draws at padding is left out by the mask of the fit."""
+        objective = ij.Objective(predict, lambda o, z: jnp.sum(z["seen"] * token(o, z["y"])), sample=ij.softmax_sample)
+        fit = lambda seed, **mask: ij.ekfac(
+            objective, params(), DATA, labels="sampled", key=jax.random.key(seed), **mask
+        )
+        with pytest.raises(ValueError, match=r"not zero where the loss has no curvature.*mask= of a fit"):
+            fit(0)
+        seen = lambda z: z["seen"]
+        traces = np.asarray([ij.trace(fit(seed, mask=seen)) for seed in range(100)])
+        p = np.exp(DATA["x"] @ np.asarray(params()["w"]))
+        p /= p.sum(-1, keepdims=True)
+        expected = np.sum(DATA["seen"] * np.sum(DATA["x"] ** 2, -1) * (1 - np.sum(p**2, -1))) / N
+        assert abs(traces.mean() - expected) < 4 * traces.std() / 10
+        assert traces.std() / 10 < 0.06 * expected
+
     def test_by_whoever_draws(self):
         objective = ij.Objective(predict, LOSSES["mean"], sample=softmax_draw())
         key = jax.random.key(0)

@@ -18,6 +18,7 @@ from ..gradients import all_or_nan, directional
 from ..objective import Objective, SoftmaxLabels, as_objective, floating_output
 from .exact import OverData
 from .labels import check_sample, checked_cotangent, softmax_cotangents
+from .masks import Mask, Named, kept_output
 from .outputs import cost_hessian, flat_output, require_split, square_root
 from .parts import example_keys, is_first
 
@@ -121,13 +122,19 @@ class Fisher(OverData):
         return tree.scale(all_or_nan(jax.vmap(partial(self.loss, params))(batch)), product)
 
 
-def drawn_cotangents(objective: Objective, out: PyTree, example: Keyed, samples: int) -> Array:
-    r"""Loss gradients $u_s / \sqrt S$ in the output at labels drawn from the model, `(S, C)`."""
+def drawn_cotangents(
+    objective: Objective, out: PyTree, example: Keyed, samples: int, mask: Mask | Named | None = None
+) -> Array:
+    r"""Loss gradients $u_s / \sqrt S$ in the output at labels drawn from the model, `(S, C)`.
+
+    A `mask` says which rows of the output count, for a sample function that does not know.
+    """
     scale, keys = samples**-0.5, jax.random.split(example.key, samples)
     if isinstance(objective.sample, SoftmaxLabels):
         return scale * softmax_cotangents(objective, objective.sample, out, example.example, keys)
     if objective.sample is not None:
-        drawn = jax.vmap(partial(checked_cotangent, objective.sample), (0, None))(keys, out)
+        draw = lambda key: kept_output(mask, checked_cotangent(objective.sample, key, out), example.example)
+        drawn = jax.vmap(draw)(keys)
         return scale * tree.flatten(tree.promote(drawn), out)
     half = vector_square_root(
         objective, out, example.example, "give Objective a sample, e.g. sample=influence_jax.softmax_labels('y')"

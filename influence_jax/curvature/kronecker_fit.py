@@ -85,7 +85,7 @@ class _Captured:
 
     def factors(self, batch: Keyed) -> list[tuple[Layer, LayerFactors, list[Array | None]]]:
         """Every layer, inputs and output cotangents of its uses, and which of their positions count."""
-        pull = lambda out, z: _cotangents(self.objective, self.recipe.labels, out, z)
+        pull = lambda out, z: _cotangents(self.objective, self.recipe, out, z)
         found = layer_factors(self.plan, self.layers, self.params, batch, pull, partial(_loss, self.objective))
         return list(zip(self.layers, found, counted(self.masks, batch.example), strict=True))
 
@@ -133,14 +133,14 @@ def captured_function(objective: Objective | LossOnly) -> Callable[[PyTree, PyTr
     return objective if isinstance(objective, LossOnly) else partial(floating_output, objective)
 
 
-def _cotangents(objective: Objective | LossOnly, labels: str, out: PyTree, example: Keyed) -> PyTree:
+def _cotangents(objective: Objective | LossOnly, recipe: Recipe, out: PyTree, example: Keyed) -> PyTree:
     """Loss gradients in the output, leaves `(K, *output)`."""
     if isinstance(objective, LossOnly):
         return jnp.ones(1, out.dtype)
-    if labels == "empirical":
+    if recipe.labels == "empirical":
         return tree.stack_of_one(jax.grad(lambda o: objective.cost(o, example.example))(out))
-    if labels == "sampled":
-        return tree.unflatten(drawn_cotangents(objective, out, example, samples=1), out)
+    if recipe.labels == "sampled":
+        return tree.unflatten(drawn_cotangents(objective, out, example, 1, recipe.mask), out)
     instead = "pass labels='sampled' and give Objective sample=influence_jax.softmax_labels('y'), or labels='empirical'"
     return tree.unflatten(vector_square_root(objective, out, example.example, instead).T, out)
 

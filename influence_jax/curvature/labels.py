@@ -22,6 +22,7 @@ from .._words import ask, name_of
 from ..batching import take
 from ..objective import Objective, SoftmaxLabels, floating_output, get_field
 from .convexity import is_at_hand
+from .masks import Mask, Named, kept_output
 from .outputs import hessian_product
 
 # How far the loss Hessian may be from b (diag(p) - p p^T), relative to its own product with a probe.
@@ -152,7 +153,13 @@ def checked_cotangent(sample: Callable[[Key, PyTree], PyTree], key: Key, out: Py
     return drawn
 
 
-def check_sample(objective: Objective, params: PyTree, data: PyTree, weights: Array | np.ndarray | None = None) -> None:
+def check_sample(
+    objective: Objective,
+    params: PyTree,
+    data: PyTree,
+    weights: Array | np.ndarray | None = None,
+    mask: Mask | Named | None = None,
+) -> None:
     """Raise, on the host, if what an objective draws does not have the loss Hessian for its second moment.
 
     Looks at a few examples of the data that weigh something; under tracing nothing is looked at.
@@ -177,7 +184,7 @@ def check_sample(objective: Objective, params: PyTree, data: PyTree, weights: Ar
                 "your own, or pass labels='empirical'"
             )
         return
-    off, elsewhere, ratio = _moments(objective, params, few, jax.random.key(0))
+    off, elsewhere, ratio = _moments(objective, params, few, jax.random.key(0), mask)
     if off:
         raise ValueError(_not_the_hessian(objective, bool(elsewhere), float(ratio)))
 
@@ -210,7 +217,7 @@ def _not_the_hessian(objective: Objective, elsewhere: bool, ratio: float) -> str
         f"sample: {name_of(objective.sample)} draws cotangents whose second moment is not the Hessian of the loss "
         f"{name_of(objective.loss)} in the output: {found}; for cross-entropy pass "
         "sample=influence_jax.softmax_labels('y'), which sees means, masks and weights in the loss, or scale what is "
-        "drawn by the square roots of these"
+        "drawn by the square roots of these; the mask= of a fit leaves out positions"
     )
 
 
@@ -235,8 +242,10 @@ class _Compared(NamedTuple):
     close: Array  # whether they are known to be alike
 
 
-@compiled
-def _moments(objective: Objective, params: PyTree, data: PyTree, key: Key) -> tuple[Array, Array, Array]:
+@partial(compiled, static_argnames="mask")
+def _moments(
+    objective: Objective, params: PyTree, data: PyTree, key: Key, mask: Mask | Named | None
+) -> tuple[Array, Array, Array]:
     """Compare draws with the loss Hessian, at the outputs of the data and at the same outputs shrunk.
 
     Shrunk, because a confident model hardly ever draws another label, so that nothing can be told from its draws, and
@@ -249,7 +258,7 @@ def _moments(objective: Objective, params: PyTree, data: PyTree, key: Key) -> tu
         largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(out)]))
         shrunk = tree.scale(1 / jnp.maximum(largest, 1), out)
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), out, shrunk)
-        return lax.map(partial(_compare, objective, example, key), both)
+        return lax.map(partial(_compare, objective, mask, example, key), both)
 
     size = tree.size(jax.eval_shape(partial(floating_output, objective, params), _first(data)))
     found = lax.map(one, jax.tree.map(lambda x: x[: max(1, 8 * DRAWN_ENTRIES // size)], data))
@@ -265,7 +274,9 @@ def _first(data: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
 
 
-def _compare(objective: Objective, example: PyTree, key: Key, out: PyTree) -> _Compared:
+def _compare(
+    objective: Objective, mask: Mask | Named | None, example: PyTree, key: Key, out: PyTree
+) -> _Compared:
     """Compare the squares of draws along random directions with the Hessian's quadratic form."""
     sample = cast(Callable[[Key, PyTree], PyTree], objective.sample)
     size, flat = tree.size(out), lambda x: tree.flatten(tree.promote(x), out)
@@ -273,7 +284,7 @@ def _compare(objective: Objective, example: PyTree, key: Key, out: PyTree) -> _C
     images = lax.map(lambda v: flat(product(tree.unflatten(v, out))), probes)
 
     def drawn(one: Key) -> tuple[Array, Array]:
-        vector = flat(checked_cotangent(sample, one, out))
+        vector = flat(kept_output(mask, checked_cotangent(sample, one, out), example))
         return jnp.square(jnp.matmul(probes, vector, precision=tree.HIGHEST)), jnp.square(vector)
 
     keys = jax.random.split(key, max(8, min(4096, DRAWN_ENTRIES // size)))

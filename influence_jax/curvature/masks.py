@@ -170,6 +170,21 @@ def kept(factors: LayerFactors, counts: Sequence[Array | None]) -> LayerFactors:
     return LayerFactors([of_use(*pair) for pair in zip(factors.uses, counts, strict=True)], factors.rest)
 
 
+def kept_output(mask: Mask | Named | None, cotangents: PyTree, example: PyTree) -> PyTree:
+    """Return cotangents of the output that are zero where a mask without names leaves its rows out.
+
+    For what a user's function draws, which does not see the example.  That its rows are those of the mask is decided by
+    comparing what is left with the loss Hessian.
+    """
+    if mask is None or isinstance(mask, Named):
+        return cotangents
+    counts = positions(mask, example)
+    rows = lambda x: counts.reshape((-1,) + (1,) * (x.ndim - 1))
+    return jax.tree.map(
+        lambda x: jnp.where(rows(x), x, 0) if x.ndim > 1 and len(x) == len(counts) else x, cotangents
+    )
+
+
 def disagreeing(factors: LayerFactors, counts: Sequence[Array | None], weights: Array) -> Array | None:
     """Return in how many examples the loss depends on positions of a layer that a mask leaves out, None without one.
 
