@@ -105,7 +105,8 @@ def explain_memory_errors(*methods: str) -> Callable[[type[_T]], type[_T]]:
     def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with memory_errors(name):
+            # Programs run on while the host goes on: a matrix that does not fit may fail where it is first used.
+            with memory_errors(name, lambda: f"{getattr(args[0], 'holds', '')}Less is taken by {SCORE_KNOBS}"):
                 return method(*args, **kwargs)
 
         return run

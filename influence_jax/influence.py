@@ -108,6 +108,11 @@ class Influence:
         check_inverse(self.inverse, self.params)
 
     @property
+    def holds(self) -> str:
+        """What of the inverse takes most memory, in words, for errors that say that it ran out."""
+        return self.inverse.holds if isinstance(self.inverse, Inverse) else ""
+
+    @property
     def asked(self) -> Objective | LossOnly:
         """What is asked of a query: the measurement if there is one, else the objective."""
         return as_objective(self.objective if self.measurement is None else self.measurement)

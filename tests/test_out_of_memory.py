@@ -116,6 +116,21 @@ class TestRunningOutOfMemory:
         with pytest.raises(MemoryError, match=r"solver: Direct holds a matrix of 4,194,304 x .* 64.00 TiB; BlockCG"):
             ij.invert(ij.EmpiricalFisher(loss, ours(2**22), data), ij.Direct(1.0))
 
+    def test_of_a_matrix_that_fails_where_it_is_used(self, monkeypatch):
+        loss, params, data = (lambda p, z: jnp.sum(p["w"]) * z), {"w": jnp.zeros(256)}, jnp.ones(1)
+        inverse = ij.invert(ij.EmpiricalFisher(loss, params, data), ij.Direct(1.0))
+        exhausted = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1048576 bytes.")
+        influence = ij.Influence(loss, params, inverse)
+
+        def fail(*args, **kwargs):
+            raise exhausted
+
+        monkeypatch.setattr("influence_jax.influence.as_mode", fail)
+        with pytest.raises(
+            MemoryError, match=r"Influence.influences: ran .* Direct holds a matrix of 256 x 256 .* BlockCG"
+        ):
+            influence.influences(data, data)
+
     def test_is_explained_once_by_the_innermost_call(self):
         with (
             pytest.raises(OutOfMemory, match=r"^inner: ran out") as caught,

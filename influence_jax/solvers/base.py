@@ -249,6 +249,11 @@ class Inverse(LinearOperator):
         return solved
 
     @property
+    def holds(self) -> str:
+        """What of it takes most memory, in words, for errors that say that it ran out."""
+        return self.solver.holds(self.op)
+
+    @property
     def space(self) -> PyTree:
         return self.op.space
 
