@@ -140,6 +140,19 @@ class TestSolvers:
             with pytest.raises(ValueError, match=rf"curvature of \['w'\] is not finite; the loss .*{words}"):
                 fit(objective, at, DATA)
 
+    @pytest.mark.parametrize("solver", [ij.Direct(1e-2), ij.Blockwise(ij.Direct(1e-2), ij.full)])
+    def test_a_loader_is_looked_at_to_its_end(self, solver):
+        """Cauchy's loss is convex where residuals are below one: in the first batch here, and not in the second."""
+        outputs, loss = NOT_CONVEX["Cauchy"]
+        objective, at = ij.Objective(predict, loss), params(outputs)
+        residuals = np.abs(DATA.x @ np.asarray(at["w"])[:, 0] - DATA.y)
+        order, inside = np.argsort(residuals), int(np.sum(residuals < 1))
+        batches = [ij.Batch(DATA.x[part], DATA.y[part]) for part in (order[:inside], order[inside:])]
+        assert ij.GGN(objective, at, batches[0]).psd
+        inverse = ij.stream.invert(ij.GGN, objective, at, batches, solver, progress=False)
+        dense = dense_reference(ij.GGN, objective, at, DATA) + 1e-2 * np.eye(E)
+        assert relative_error(inverse.mv(at)["w"].ravel(), np.linalg.solve(dense, np.asarray(at["w"]).ravel())) < 1e-9
+
     def test_convex_ones_are_factorised(self):
         """Sample space and Cholesky go on to serve losses that do not say of themselves that they are convex."""
         outputs, _, loss = CONVEX["log-sum-exp"]

@@ -189,7 +189,7 @@ class TestBilinearForm:
 
     def test_of_gradients_and_mixed_derivatives(self):
         objective, params, data = problem("classification", 6)
-        op = ij.GGN(objective, params, data)
+        op = ij.invert(ij.GGN(objective, params, data), ij.Direct(0.1))
         form, few = op.as_bilinear_form(), jax.tree.map(lambda x: x[:2], data)
         influence = ij.Influence(objective, params, op)
         given = {"objective": objective, "params": params}

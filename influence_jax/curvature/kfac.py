@@ -169,7 +169,9 @@ def keyed_fisher(
         key = check_key(key, 'labels="sampled" draws labels from the model')
         keys = example_keys(key, start, tree.count(data))
         if start == 0:
-            check_sample(cast(Objective, as_objective(objective)), tree.check_params(params), data, weights, recipe.mask)
+            check_sample(
+                cast(Objective, as_objective(objective)), tree.check_params(params), data, weights, recipe.mask
+            )
     return EmpiricalFisher(objective, params, Keyed(data, keys), weights=weights, chunk=chunk)
 
 

@@ -274,9 +274,7 @@ def _first(data: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
 
 
-def _compare(
-    objective: Objective, mask: Mask | Named | None, example: PyTree, key: Key, out: PyTree
-) -> _Compared:
+def _compare(objective: Objective, mask: Mask | Named | None, example: PyTree, key: Key, out: PyTree) -> _Compared:
     """Compare the squares of draws along random directions with the Hessian's quadratic form."""
     sample = cast(Callable[[Key, PyTree], PyTree], objective.sample)
     size, flat = tree.size(out), lambda x: tree.flatten(tree.promote(x), out)

@@ -180,9 +180,7 @@ def kept_output(mask: Mask | Named | None, cotangents: PyTree, example: PyTree) 
         return cotangents
     counts = positions(mask, example)
     rows = lambda x: counts.reshape((-1,) + (1,) * (x.ndim - 1))
-    return jax.tree.map(
-        lambda x: jnp.where(rows(x), x, 0) if x.ndim > 1 and len(x) == len(counts) else x, cotangents
-    )
+    return jax.tree.map(lambda x: jnp.where(rows(x), x, 0) if x.ndim > 1 and len(x) == len(counts) else x, cotangents)
 
 
 def disagreeing(factors: LayerFactors, counts: Sequence[Array | None], weights: Array) -> Array | None:

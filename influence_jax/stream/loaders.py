@@ -243,6 +243,7 @@ class Blocks:
         self.name, self.sharding, self.bar = name, sharding, bar
         self._passes = self._read = 0
         self.sound = False  # once all losses have been found to be finite
+        self.psd: bool | None = None  # of curvature over it, once somebody has asked
         self._whole = whole = is_batch(data)
         self._data = as_dicts(data) if whole else Ordered(data, name)
         if rows is not None:

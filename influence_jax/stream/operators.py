@@ -19,7 +19,8 @@ from .._words import name_of
 from ..bounds import lower_bound
 from ..curvature import Identity, LinearOperator, Scaled, Sum
 from ..curvature.capabilities import check_losses, diagonal, restrict, to_dense, trace, wide_dtype
-from ..curvature.exact import OverData
+from ..curvature.convexity import is_declared_convex
+from ..curvature.exact import GGN, OverData
 from ..curvature.loops import refuse_tracing
 from ..curvature.losses import unsound
 from ..curvature.parts import examples_from
@@ -44,7 +45,6 @@ class Streamed(LinearOperator):
       curvature: `(objective, params, batch) -> LinearOperator`; static.
       source: The loader; static, compared by identity.
       block: Names of the leaves it is restricted to; all if None; static.
-      psd: Whether the operators are known to be positive semi-definite; static.
 
     Example:
       >>> import influence_jax as ij
@@ -60,7 +60,6 @@ class Streamed(LinearOperator):
     curvature: Curvature = static()
     source: Blocks = static()
     block: blocks.Block | None = static(default=None)
-    psd: bool = static(default=False)  # type: ignore[assignment]
 
     @property
     def space(self) -> PyTree:
@@ -69,6 +68,15 @@ class Streamed(LinearOperator):
     @property
     def on_host(self) -> bool:
         return True
+
+    @property
+    def psd(self) -> bool:
+        """Whether it is on every block; where that depends on the data, they are read once, when somebody asks."""
+        if self.source.psd is None:
+            first = self.on(self.source.head(), 0)
+            asked = [term for term in _terms(first) if isinstance(term, GGN) and not is_declared_convex(term.split)]
+            self.source.psd = all(op.psd for op, _ in self.parts()) if asked else first.psd
+        return self.source.psd
 
     @property
     def is_curvature(self) -> bool:
@@ -172,7 +180,7 @@ def operator(curvature: Curvature, objective: Objective | LossFunction, params: 
     if not isinstance(first, LinearOperator):
         raise TypeError(f"curvature: returned a {type(first).__name__}, expected a LinearOperator such as GGN(...)")
     tree.check_vector(first.space, params, "params, against the space of curvature")
-    return dataclasses.replace(op, psd=first.psd)
+    return op
 
 
 def _check_fixed(op: Streamed) -> None:
