@@ -94,6 +94,18 @@ def find(
       start: Place of the first of them in the whole data.
       expected: How many are to be explained.
     """
+    with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is looked at now
+        return _find(objective, params, batch, counted, start, expected)
+
+
+def _find(
+    objective: Objective | LossOnly,
+    params: PyTree,
+    batch: PyTree,
+    counted: Array | np.ndarray | None,
+    start: int,
+    expected: int,
+) -> Unsound:
     counted = np.ones(tree.count(batch), bool) if counted is None else counted
     losses, first, loss, examples = (x.item() for x in _losses(objective, params, batch, counted))
     found = Unsound(losses, 0, (start + first, loss) if losses else None, 0, examples)
@@ -167,7 +179,8 @@ def is_finite(values: PyTree) -> bool:
     leaves = jax.tree.leaves(values)
     if all(not isinstance(leaf, jax.Array) or readable_in_place(leaf) for leaf in leaves):
         return all(bool(np.all(np.isfinite(np.asarray(leaf)))) for leaf in leaves)
-    return bool(_all_finite(leaves))
+    with jax.ensure_compile_time_eval():
+        return bool(_all_finite(leaves))
 
 
 _all_finite = compiled(lambda leaves: jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])))
@@ -180,7 +193,8 @@ def look(scores: PyTree, axis: int, *, entire: bool = False) -> Seen:
         return Seen(0, False)
     if all(not isinstance(leaf, jax.Array) or readable_in_place(leaf) for leaf in leaves):
         return Seen(*(x.item() for x in _look(np, [np.asarray(leaf) for leaf in leaves], axis, entire)))
-    return Seen(*(x.item() for x in _look_on_device(leaves, axis, entire)))
+    with jax.ensure_compile_time_eval():
+        return Seen(*(x.item() for x in _look_on_device(leaves, axis, entire)))
 
 
 def _look(numpy: Any, leaves: list[Any], axis: int, entire: bool) -> tuple[Any, Any]:

@@ -73,8 +73,8 @@ def _extremes_of(
     objective: Objective, params: PyTree, data: PyTree, chunk: int | None, factor: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The smallest and the largest absolute eigenvalue of each loss Hessian, and the epsilon of their dtype."""
-    values = _extremes(objective, params, data, jnp.float32(factor), chunk)
-    low, high = (np.asarray(x) for x in values)
+    with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is looked at now
+        low, high = (np.asarray(x) for x in _extremes(objective, params, data, jnp.float32(factor), chunk))
     return low.astype(np.float64), high.astype(np.float64), float(jnp.finfo(low.dtype).eps)
 
 

@@ -173,7 +173,12 @@ def check_sample(
     if not len(counted):
         return
     places = counted[np.unique(np.linspace(0, len(counted) - 1, CHECKED).astype(int))]
-    few = take(data, places.astype(np.int32))
+    with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is looked at now
+        _check_on(objective, params, take(data, places.astype(np.int32)), places, mask)
+
+
+def _check_on(objective: Objective, params: PyTree, few: PyTree, places: np.ndarray, mask: Mask | Named | None) -> None:
+    """Raise if what is drawn at these examples does not have the loss Hessian for its second moment."""
     if isinstance(objective.sample, SoftmaxLabels):
         why = why_no_softmax(objective, params, few, None, places)
         if why:
