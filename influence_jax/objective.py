@@ -163,6 +163,8 @@ def softmax_sample(key: Key, logits: Array) -> Array:
     Example:
       >>> softmax_sample(jax.random.key(0), jnp.array([-jnp.inf, 0.0])).tolist()
       [0.0, 0.0]
+
+    Reference: Martens 2014, arXiv:1412.1193, section 9.
     """
     labels = jax.random.categorical(key, logits)
     return jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
