@@ -374,12 +374,12 @@ def _constants_of(objective: Any, given: Any, count: int | None) -> Iterable[Any
 
 def _matched_constants(form: tree.Form, given: Any, count: int | None) -> Iterable[Any]:
     """Return the constants of each checkpoint, in the form of the objective's."""
-    items = given
-    if not isinstance(given, list | tuple):
+    if not isinstance(given, list | tuple) and not tree.is_loader(given):
         try:
             return itertools.repeat(form.matched(given, "constants", "the objective"))
         except (ValueError, TypeError):  # not one tree for all
-            items = _as_items(given, "constants")
+            pass
+    items = given if isinstance(given, list | tuple) else _as_items(given, "constants")
     length = _length(items)
     if None not in (length, count) and length != count:
         raise ValueError(f'constants: got {length} trees, expected {count}, one for each checkpoint; or "shared"')

@@ -38,7 +38,7 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
       ValueError: If a dict has keys that cannot be sorted, such as 1 and "1".
     """
     try:
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_loader)
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_loader)
     except ValueError as error:
         raise ValueError(
             f"a tree of arrays: got a dict whose keys cannot be sorted ({error}); let its keys be all strings, or all "
@@ -47,8 +47,8 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
     return [(path_name(path), leaf) for path, leaf in leaves]
 
 
-def _is_loader(x: PyTree) -> bool:
-    """Whether `x` is an iterable that JAX does not know as a container; it warns about those."""
+def is_loader(x: PyTree) -> bool:
+    """Tell whether `x` is an iterable that JAX does not know as a container; it warns about those."""
     return isinstance(x, Iterable) and jax.tree_util.default_registry.flatten_one_level(x) is None
 
 

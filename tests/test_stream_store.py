@@ -64,8 +64,8 @@ class TestStores:
             self.scores(tmp_path / "scores", cut(swapped, 20))
         with pytest.raises(ValueError, match=r"query: .* in the store"):
             self.scores(tmp_path / "scores", query=cut(jax.tree.map(lambda x: x + x, query), 3))
-        params, *_ = problem()
-        moved = ij.Influence(OBJECTIVE, jax.tree.map(lambda x: x + 1e-9, params), influence().inverse)
+        at = jax.tree.map(lambda x: x + 1e-9, problem()[0])
+        moved = ij.Influence(OBJECTIVE, at, ij.invert(ij.GGN(OBJECTIVE, at, data), ij.Direct(0.1)))
         with pytest.raises(ValueError, match=r"params: .* in the store"):
             ij.stream.scores(moved, cut(query, 3), cut(data, 20), ij.store.ScoreStore.create(tmp_path / "scores"))
 
