@@ -385,7 +385,7 @@ class TestTransformations:
         moved = jax.tree.map(lambda x: 1.5 * x, PARAMS)
         query, train = ij.Batch(QUERY.x + 1.0, QUERY.y), ij.Batch(TRAIN.x - 1.0, TRAIN.y)
         jax.block_until_ready((moved, query, train))
-        operator = dataclasses.replace(OPERATOR, params=moved)
+        operator = dataclasses.replace(INVERSE.op, params=moved)
         inverse = dataclasses.replace(INVERSE, op=operator, state=INVERSE.state._replace(op=operator))
         with compilations() as names:
             everything(dataclasses.replace(influence, params=moved, inverse=inverse), query, train)
