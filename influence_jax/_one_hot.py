@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,15 +75,19 @@ def _broadcast_label(loss: Callable[..., Any], output: tuple, example: tuple) ->
         return None
     sources = [_From(output=True)] * len(shapes)
     sources += [_From(label=name) if _is_label(x, rank) else _From(other=True) for name, x in tree.named_leaves(z)]
-    part, of = _search(jaxpr, sources, shapes)[1] or (None, None)
+    sizes = {name: math.prod(x.shape) for name, x in labels}
+    part, of = _search(jaxpr, sources, shapes, sizes)[1] or (None, None)
     return None if part is None else (part, dict(labels)[part].shape, of)
 
 
 def _is_label(leaf: Any, rank: int) -> bool:
-    return len(leaf.shape) < rank and jnp.issubdtype(leaf.dtype, jnp.integer)
+    fewer = len(leaf.shape) < rank or (rank > 0 and math.prod(leaf.shape) == 1)
+    return fewer and jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
-def _search(jaxpr: Any, sources: Sequence[_From], shapes: Sequence[tuple]) -> tuple[list[_From], tuple | None]:
+def _search(
+    jaxpr: Any, sources: Sequence[_From], shapes: Sequence[tuple], sizes: Mapping[str, int]
+) -> tuple[list[_From], tuple | None]:
     """What a jaxpr's outputs are computed from, and the first label that it broadcasts over an output."""
     jaxpr, known = opened(jaxpr), {}
     known.update(zip(jaxpr.invars, sources, strict=True))
@@ -91,22 +96,26 @@ def _search(jaxpr: Any, sources: Sequence[_From], shapes: Sequence[tuple]) -> tu
         operands = [source(v) for v in equation.invars]
         inner = called(equation) or replaced(equation)
         if inner is not None and len(opened(inner).invars) == len(operands):
-            results, found = _search(inner, operands, shapes)
+            results, found = _search(inner, operands, shapes, sizes)
         else:
-            results, found = [_result(equation, operands)] * len(equation.outvars), _found(equation, operands, shapes)
+            results = [_result(equation, operands)] * len(equation.outvars)
+            found = _found(equation, operands, shapes, sizes)
         if found is not None:
             return [], found
         known.update(zip(equation.outvars, results, strict=True))
     return [source(v) for v in jaxpr.outvars], None
 
 
-def _found(equation: Any, operands: Sequence[_From], shapes: Sequence[tuple]) -> tuple | None:
+def _found(equation: Any, operands: Sequence[_From], shapes: Sequence[tuple], sizes: Mapping[str, int]) -> tuple | None:
     """The label that is one operand, where the other is of the output's shape and made of the output alone."""
     if equation.primitive.name not in ("mul", "sub"):
         return None
     for label, other in (operands, operands[::-1]):
-        if label.label is not None and other == _From(output=True) and equation.outvars[0].aval.shape in shapes:
-            return label.label, tuple(equation.outvars[0].aval.shape)
+        over = equation.outvars[0].aval
+        if label.label is None or other != _From(output=True) or over.shape not in shapes:
+            continue
+        if over.size > sizes[label.label]:  # otherwise nothing is broadcast
+            return label.label, tuple(over.shape)
     return None
 
 

@@ -83,6 +83,7 @@ def find(
     counted: Array | np.ndarray | None = None,
     start: int = 0,
     expected: int = 0,
+    chunk: int | None = None,
 ) -> Unsound:
     """Look at the loss of every example of a batch, and at the gradient if that does not explain enough.
 
@@ -93,9 +94,10 @@ def find(
       counted: Which of them count, `(N,)` bool; all if None.
       start: Place of the first of them in the whole data.
       expected: How many are to be explained.
+      chunk: Examples at once; chosen from the sizes if None.
     """
     with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is looked at now
-        return _find(objective, params, batch, counted, start, expected)
+        return _find(objective, params, batch, counted, start, expected, chunk)
 
 
 def _find(
@@ -105,13 +107,14 @@ def _find(
     counted: Array | np.ndarray | None,
     start: int,
     expected: int,
+    chunk: int | None,
 ) -> Unsound:
     counted = np.ones(tree.count(batch), bool) if counted is None else counted
-    losses, first, loss, examples = (x.item() for x in _losses(objective, params, batch, counted))
+    losses, first, loss, examples = (x.item() for x in _losses(objective, params, batch, counted, chunk))
     found = Unsound(losses, 0, (start + first, loss) if losses else None, 0, examples)
     if losses >= expected:
         return found
-    undefined, place, value, flat = (x.item() for x in _gradients(objective, params, batch, counted))
+    undefined, place, value, flat = (x.item() for x in _gradients(objective, params, batch, counted, chunk))
     if undefined and (not losses or place < first):
         found = found._replace(first=(start + place, value))
     return found._replace(gradients=undefined, flat=flat)
@@ -127,17 +130,21 @@ def _values_and_grads(objective: Objective | LossOnly, params: PyTree, batch: Py
     return each(lambda example, loss, at: jax.value_and_grad(loss)(at, example), batch, objective, params)
 
 
-@compiled
-def _losses(objective: Objective | LossOnly, params: PyTree, batch: PyTree, counted: Array) -> tuple[Array, ...]:
+@partial(compiled, static_argnames="chunk")
+def _losses(
+    objective: Objective | LossOnly, params: PyTree, batch: PyTree, counted: Array, chunk: int | None
+) -> tuple[Array, ...]:
     """Count losses that are not finite; the first one's place, the loss there, and how many there are in all."""
-    losses = map_over(partial(objective, tree.promote(params)), batch)
+    losses = map_over(partial(objective, tree.promote(params)), batch, chunk=chunk)
     bad = ~jnp.isfinite(losses) & counted
     first = jnp.argmax(bad)
     return jnp.sum(bad), first, losses[first], jnp.sum(counted)
 
 
-@compiled
-def _gradients(objective: Objective | LossOnly, params: PyTree, batch: PyTree, counted: Array) -> tuple[Array, ...]:
+@partial(compiled, static_argnames="chunk")
+def _gradients(
+    objective: Objective | LossOnly, params: PyTree, batch: PyTree, counted: Array, chunk: int | None
+) -> tuple[Array, ...]:
     """Count gradients that are not finite though the loss is; the first, its loss; and gradients that are zero."""
     params = tree.promote(params)
 
@@ -145,7 +152,7 @@ def _gradients(objective: Objective | LossOnly, params: PyTree, batch: PyTree, c
         losses, grads = _values_and_grads(objective, params, part)
         return losses, finite_rows(grads), tree.norms(grads) == 0
 
-    losses, finite, flat = map_chunks(one_chunk, batch, chunk=chunk_for(tree.size(params)))
+    losses, finite, flat = map_chunks(one_chunk, batch, chunk=chunk or chunk_for(tree.size(params)))
     bad = ~finite & jnp.isfinite(losses) & counted
     first = jnp.argmax(bad)
     return jnp.sum(bad), first, losses[first], jnp.sum(flat & counted)
@@ -222,6 +229,7 @@ class Watch:
       name: Of the argument that the examples are in.
       noun: What the objective gives.
       made: What is made of it.
+      chunk: Examples at once; chosen from the sizes if None.
     """
 
     def __init__(
@@ -232,7 +240,9 @@ class Watch:
         *,
         noun: str = "loss",
         made: str = "scores",
+        chunk: int | None = None,
     ) -> None:
+        self.chunk = chunk
         self.objective, self.params, self.name, self.noun, self.made = objective, params, name, noun, made
         self.found, self.flat, self.refuses = Unsound(), True, False
 
@@ -251,7 +261,8 @@ class Watch:
         if seen.unsound or (seen.flat and self.flat):
             counted = np.arange(rows) < count
             expected = count if seen.flat else seen.unsound
-            more = find(self.objective, self.params, batch, counted=counted, start=start, expected=expected)
+            settings = {"start": start, "expected": expected, "chunk": self.chunk}
+            more = find(self.objective, self.params, batch, counted=counted, **settings)
         self.flat &= more.flat == count
         self.found = self.found.then(more)
         if self.refuses and more.first is not None:

@@ -19,11 +19,11 @@ from .curvature import GGN, LinearOperator, Restricted, Scaled, Sum
 from .curvature.capabilities import wide_dtype
 from .curvature.exact import weighed
 from .curvature.fisher import MAX_OUTPUTS
-from .curvature.outputs import output_hessian, square_root
+from .curvature.outputs import loss_square_root
 from .curvature.per_example import row_count
 from .gradients import _per_example_grads, grads_of_chunk
 from .influence import Influence
-from .objective import as_objective
+from .objective import as_objective, floating_output
 from .solvers import Info, Inverse
 from .solvers.damping import damped_product
 
@@ -102,7 +102,7 @@ def _(op: GGN) -> Array:
     if row_count(op) > MAX_OUTPUTS:
         return zero - jnp.inf
     params, (data, examples) = tree.promote(op.params), weighed(op)
-    convex = lambda z: jnp.all(jnp.isfinite(square_root(output_hessian(op.split, params, z))))
+    convex = lambda z: jnp.all(jnp.isfinite(loss_square_root(op.split, floating_output(op.split, params, z), z)))
     all_convex = map_chunks(lambda part: jax.vmap(convex)(examples(part)), data, chunk=op.chunk)
     return jnp.where(jnp.all(all_convex), zero, -jnp.inf)
 

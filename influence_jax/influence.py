@@ -40,7 +40,7 @@ from .scoring import (
     perturbed,
     top_k,
 )
-from .solvers import Info, Inverse, all_converged, report, rows_at_once, solve_with_info
+from .solvers import Info, Inverse, all_converged, is_nan, report, rows_at_once, solve_with_info
 from .solvers.base import check_inverse
 
 
@@ -165,11 +165,11 @@ class Influence:
     def query_watch(self, made: str = "scores", name: str = "query") -> Watch:
         """Watch what is asked of queries, the argument `name`; `made` says what comes of it."""
         noun = "loss" if self.measurement is None else "measurement"
-        return Watch(self.asked, self.params, name, noun=noun, made=made)
+        return Watch(self.asked, self.params, name, noun=noun, made=made, chunk=self.chunk)
 
     def train_watch(self, name: str = "train") -> Watch:
         """Watch the losses of training examples, the argument `name`."""
-        return Watch(as_objective(self.objective), self.params, name)
+        return Watch(as_objective(self.objective), self.params, name, chunk=self.chunk)
 
     def influence_factors(self, query: PyTree) -> PyTree:
         r"""Factors $P\,\nabla f_q$: one solve per query, reusable against any training data.
@@ -508,8 +508,8 @@ def report_sound(
         return
     sound = finite_gradients(losses, params, batch)
     info = info._replace(converged=info.converged | ~sound)
-    if isinstance(inverse, Inverse) and not all_converged(info):  # no knob of a solver would help
-        check_losses(inverse.op, gradients=True)
+    if isinstance(inverse, Inverse) and not all_converged(info) and is_nan(info):
+        check_losses(inverse.op, gradients=True)  # no knob of a solver would help
     report(info, inverse, throw)
 
 

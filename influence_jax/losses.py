@@ -111,6 +111,8 @@ class CrossEntropy(Loss):
             )
         shape, classes = logits.shape[:-1], logits.shape[-1]
         labels = self._labels(logits, example, shape)
+        # In a narrow dtype the number of classes, or the label to ignore, would be another number.
+        labels = jnp.asarray(labels).astype(jnp.int32 if labels.dtype.itemsize < 4 else labels.dtype)
         counted, wrong = self._counted(example, shape)
         if self.ignore is not None:
             counted &= labels != self.ignore
@@ -129,7 +131,7 @@ class SquaredError(Loss):
     def __call__(self, output: PyTree, example: PyTree) -> Array:
         predicted = _array(output, "an array of predictions")
         labels = self._labels(predicted, example, predicted.shape)
-        if labels.dtype == bool or not jnp.issubdtype(labels.dtype, jnp.number):
+        if not (jnp.issubdtype(labels.dtype, jnp.integer) or jnp.issubdtype(labels.dtype, jnp.floating)):
             raise TypeError(f"label: part {self.label!r} of the example is {labels.dtype}, expected real numbers")
         counted, wrong = self._counted(example, predicted.shape)
         off = jnp.where(counted, predicted - labels.astype(predicted.dtype), 0)

@@ -154,6 +154,28 @@ def on_host(x):
 objective = ij.Objective(predict, lambda out, z: ce(out, z.y) * jax.lax.stop_gradient(jax.pure_callback(
     on_host, jax.ShapeDtypeStruct((), np.float32), jax.lax.stop_gradient(out[0]), vmap_method="sequential")))
 """,
+    "method that a function on the host calls": """
+class Host:
+    def there(self, x):
+        return np.float32({} * x)
+host = Host()
+objective = ij.Objective(predict, lambda out, z: ce(out, z.y) * jax.lax.stop_gradient(jax.pure_callback(
+    lambda x: host.there(x), jax.ShapeDtypeStruct((), np.float32), jax.lax.stop_gradient(out[0]),
+    vmap_method="sequential")))
+""",
+    "kernel of a backward pass": """
+from jax.experimental import pallas
+def kernel(factor):
+    def body(x, o):
+        o[...] = factor * x[...]
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    return lambda x: pallas.pallas_call(body, out_shape=shape, interpret=True)(x.astype(jnp.float32))
+@jax.custom_vjp
+def scaled(x):
+    return kernel(1.0)(x)
+scaled.defvjp(lambda x: (scaled(x), None), lambda _, g: (kernel({})(g),))
+objective = ij.Objective(predict, lambda out, z: ce(scaled(out), z.y))
+""",
 }
 
 

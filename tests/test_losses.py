@@ -46,6 +46,14 @@ class TestCrossEntropy:
         assert relative_error(value, expected / by) < 1e-13
         assert relative_error(gradient, expected_gradient / by) < 1e-13
 
+    @pytest.mark.parametrize(("dtype", "classes"), [(np.uint8, 256), (np.uint8, 300), (np.int8, 200)])
+    def test_labels_in_a_byte(self, dtype, classes):
+        """As of byte-level language models; a label that is ignored is itself, not what it wraps to."""
+        logits, labels = RNG.normal(size=(3, classes)), np.array([1, 100, 56], dtype)
+        loss = ij.losses.cross_entropy("y", ignore=56 - 256)
+        expected = np.sum(np.log(np.exp(logits).sum(-1)) - logits[np.arange(3), labels])
+        assert relative_error(loss(jnp.asarray(logits), {"y": jnp.asarray(labels)}), expected) < 1e-13
+
     def test_extreme_logits(self, float32):
         logits = jnp.array([[1e4, 0.0, -1e4], [-jnp.inf, 0.0, 20.0]], jnp.float32)
         value, gradient = jax.value_and_grad(ij.losses.cross_entropy("y"))(logits, {"y": jnp.array([1, 2])})
@@ -167,6 +175,7 @@ MEANT = {
     "class weights": (flat, lambda o, z: jnp.arange(3.0)[z["y"]] * indexed(o, z["y"])),
     "mask of tokens": (tokens, lambda o, z: -jnp.sum(z["t"][:, None] * jax.nn.log_softmax(o))),
     "length": (flat, lambda o, z: jnp.sum(jnp.where(jnp.arange(3) < z["w"], o, 0)) / z["w"]),
+    "one output": (lambda p, z: flat(p, z)[:1], lambda o, z: jnp.sum((o - z["y"]) ** 2)),
     "its own": (flat, ij.losses.cross_entropy("y")),
 }
 

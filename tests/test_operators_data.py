@@ -161,10 +161,16 @@ def test_minibatches_without_weight():
     assert np.max(np.abs(helpers.flat(product, params))) == 0.0
 
 
-def test_root_of_a_loss_that_is_not_convex_is_nan():
-    objective = ij.Objective(lambda p, z: p["w"] * z, lambda out, z: -(out**2))
-    op = ij.GGN(objective, {"w": jnp.array(1.0)}, jnp.arange(1.0, 4.0))
-    assert jnp.all(jnp.isnan(ij.root(op).apply({"w": jnp.array(1.0)})))
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_root_of_a_loss_that_is_not_convex_is_refused_or_nan(size):
+    """However small the loss: it may be divided by the number of examples or tokens."""
+    objective = ij.Objective(lambda p, z: p["w"] * z, lambda out, z: -size * out**2)
+    at, data = {"w": jnp.array(1.0)}, jnp.arange(1.0, 4.0)
+    with pytest.raises(ValueError, match="not convex in the output, first at example 0"):
+        ij.root(ij.GGN(objective, at, data))
+    with pytest.raises(ValueError, match="not convex in the output, first at example 0"):
+        ij.kfac(objective, at, data)
+    assert jnp.all(jnp.isnan(jax.jit(lambda at: ij.root(ij.GGN(objective, at, data)).apply(at))(at)))
 
 
 @pytest.mark.parametrize("kind", mainly(OVER_DATA, ij.GGN))

@@ -19,7 +19,7 @@ from ..objective import Objective, SoftmaxLabels, as_objective, floating_output
 from .exact import OverData
 from .labels import check_sample, checked_cotangent, softmax_cotangents
 from .masks import Mask, Named, kept_output
-from .outputs import cost_hessian, flat_output, require_split, square_root
+from .outputs import flat_output, loss_square_root, require_split
 from .parts import example_keys, is_first
 
 # Larger outputs would need the square root of too large a matrix for every example.
@@ -154,4 +154,4 @@ def vector_square_root(objective: Objective, out: PyTree, example: PyTree, other
             f"objective: its output {jax.tree.map(jnp.shape, out)} has {tree.size(out)} entries, expected at most "
             f"{MAX_OUTPUTS}; {otherwise}"
         )
-    return square_root(cost_hessian(objective, out, example))
+    return loss_square_root(objective, out, example)

@@ -20,7 +20,8 @@ def unsound(op: OverData, start: int = 0, *, gradients: bool = False) -> Unsound
     expected = op.count if gradients else 0
     data = op.data.example if isinstance(op.data, Keyed) else op.data
     counted: Array | np.ndarray = np.ones(op.count, bool) if op.weights is None else jnp.asarray(op.weights) != 0
-    return find(as_objective(op.objective), op.params, data, counted=counted, start=start, expected=expected)
+    settings = {"start": start, "expected": expected, "chunk": op.chunk}
+    return find(as_objective(op.objective), op.params, data, counted=counted, **settings)
 
 
 @check_losses.register

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
+from .. import tree
 from .._typing import Array, PyTree
 from .._words import ask
 from ..blocks import is_below
@@ -195,10 +196,10 @@ def disagreeing(factors: LayerFactors, counts: Sequence[Array | None], weights: 
     leaks = jnp.zeros(len(weights), bool)
     for use, use_counts in zip(factors.uses, counts, strict=True):
         if use_counts is not None:
-            size = jnp.max(jnp.abs(use.outputs), axis=(1, 2, 4))  # (B, T)
+            size = tree.promote(jnp.max(jnp.abs(use.outputs), axis=(1, 2, 4)))  # (B, T)
             left_out = jnp.max(jnp.where(use_counts, 0, size), axis=1)
             leaks |= left_out > jnp.finfo(size.dtype).eps ** 0.5 * jnp.max(size, axis=1)
-    return jnp.sum(jnp.where(leaks & (weights > 0), 1.0, 0.0).astype(weights.dtype))
+    return jnp.sum(jnp.where(leaks & (weights != 0), 1.0, 0.0).astype(weights.dtype))
 
 
 def check_agreement(layers: Sequence[Layer], leaks: Sequence[Array | None]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import tree
 from .._typing import Array, PyTree
@@ -54,33 +55,41 @@ def hessian_product(objective: Objective, example: PyTree, out: PyTree) -> Calla
     return lambda v: directional(gradient, out, v)[1]
 
 
+def loss_square_root(objective: Objective, out: PyTree, example: PyTree) -> Array:
+    """The symmetric square root of the loss Hessian in an output, `(C, C)`; NaN where the loss is not convex there."""
+    nothing = jax.tree.map(jnp.zeros_like, lax.stop_gradient(out))
+    size = jnp.max(jnp.abs(cost_hessian(objective, nothing, example)))
+    return square_root(cost_hessian(objective, out, example), jnp.where(jnp.isfinite(size), size, 1))
+
+
 @jax.custom_jvp
-def square_root(matrix: Array) -> Array:
+def square_root(matrix: Array, size: Array) -> Array:
     """The symmetric L with L L = matrix, for the Hessian of a loss in its output.
 
-    NaN if that is not convex, or an entry is infinite or undefined.
+    NaN if that is not convex, or an entry is infinite or undefined.  `size` is that of the terms which cancel in it:
+    the Hessian's where nothing is predicted yet.
 
     Symmetric, because it is the only square root that does not depend on the signs and rotations of eigenvectors, which
     differ from one compiled program to the next.  Eigenvalues at rounding level are zero: their roots are not small.
     """
-    return _square_root(matrix)[0]
+    return _square_root(matrix, size)[0]
 
 
-def _square_root(matrix: Array) -> tuple[Array, Array, Array]:
+def _square_root(matrix: Array, size: Array) -> tuple[Array, Array, Array]:
     """The square root, and its eigenvalues and eigenvectors."""
     values, vectors = jnp.linalg.eigh(matrix)
     epsilon, largest = jnp.finfo(matrix.dtype).eps, jnp.max(jnp.abs(values))
     rounding = 2 * epsilon * largest
     roots = jnp.where(values > rounding, jnp.sqrt(jnp.maximum(values, rounding)), 0.0).astype(matrix.dtype)
-    # Terms of order one cancel in the Hessian of a confident prediction (softmax has p - p²), so that all of it can
-    # drown in their rounding: what is negative beyond that, and beyond rounding of the rest, is not convex.
-    floor = 10 * matrix.shape[0] * epsilon + epsilon**0.5 * largest
+    # Terms cancel in the Hessian of a confident prediction (softmax has p - p²), so that all of it can drown in their
+    # rounding: what is negative beyond that, and beyond rounding of the rest, is not convex.
+    floor = 10 * matrix.shape[0] * epsilon * size.astype(matrix.dtype) + epsilon**0.5 * largest
     roots = jnp.where((values < -floor) | ~jnp.all(jnp.isfinite(matrix)), jnp.nan, roots)
     return jnp.matmul(vectors * roots[None], vectors.T, precision=tree.HIGHEST), roots, vectors
 
 
 @square_root.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     """L dL + dL L = d(matrix), solved in the eigenbasis; unlike the derivative of eigh it stands repeated values."""
     half, roots, vectors = _square_root(*primals)
     inner = jnp.matmul(jnp.matmul(vectors.T, tangents[0], precision=tree.HIGHEST), vectors, precision=tree.HIGHEST)

@@ -17,6 +17,7 @@ from .._mesh import compiled
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, each, map_chunks, sum_over
 from ..gradients import all_or_nan, directional, spoilt
+from ..objective import floating_output
 from .capabilities import (
     Root,
     check_losses,
@@ -34,7 +35,7 @@ from .capabilities import (
 from .convexity import is_at_hand
 from .exact import GGN, EmpiricalFisher, OverData, divide, sum_over_data, weighed, without_data
 from .fisher import Fisher
-from .outputs import flat_output, output_hessian, square_root
+from .outputs import flat_output, loss_square_root, output_hessian
 
 # With more outputs than this, one product per parameter is the cheaper way to a GGN's matrix and diagonal.
 MAX_ROWS = 32
@@ -145,7 +146,7 @@ def _root_rows(op: OverData, params: PyTree, example: PyTree) -> Callable[[PyTre
         return op.rows(params, example)
     if isinstance(op, EmpiricalFisher):
         return lambda p: op.loss(p, example)[None]
-    half = square_root(output_hessian(op.split, params, example))
+    half = loss_square_root(op.split, floating_output(op.split, params, example), example)
     return lambda p: jnp.matmul(half.T, flat_output(op.split, p, example), precision=tree.HIGHEST)
 
 

@@ -12,6 +12,7 @@ from .info import (
     ConvergenceWarning as ConvergenceWarning,
     Info as Info,
     all_converged as all_converged,
+    is_nan as is_nan,
     report as report,
 )
 from .lissa import LiSSA as LiSSA

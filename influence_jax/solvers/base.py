@@ -321,9 +321,13 @@ def _distance(leaf: Any, other: Any) -> float | None:
     left, right = _on_this_host(leaf), _on_this_host(other)
     if left is None or right is None:
         return None
-    narrow = min(left.dtype, right.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    left, right = left.astype(narrow), right.astype(narrow)
-    if np.array_equal(left, right, equal_nan=True):
+    widths = [jnp.finfo(x.dtype).bits for x in (left, right)]
+    if widths[0] == widths[1] and left.dtype != right.dtype:  # bfloat16 and float16 of one number differ by rounding
+        rounding = float(max(jnp.finfo(x.dtype).eps for x in (left, right)))
+        if np.allclose(left.astype(np.float32), right.astype(np.float32), rounding, 1e-6, equal_nan=True):
+            return None
+    narrow = left.dtype if widths[0] <= widths[1] else right.dtype
+    if np.array_equal(left.astype(narrow), right.astype(narrow), equal_nan=True):
         return None
     return float(np.max(np.abs(left.astype(np.float64) - right.astype(np.float64))))
 

@@ -6,6 +6,7 @@ one whose loss reads another number, calls another helper or differentiates by a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import functools
@@ -21,7 +22,10 @@ import numpy as np
 
 from .. import tree
 from .._jaxpr_compat import called, constants, is_literal, opened, replaced
+from .._pytree import set_field
 from .._typing import Array, PyTree
+from ..curvature.exact import OverData
+from ..curvature.layout import Layout
 from ..solvers import Inverse
 from ..store.files import entries_of, raw_bytes
 from .loaders import Blocks
@@ -29,7 +33,7 @@ from .operators import Streamed
 from .processes import agree, to_host
 
 # Parameters of primitives that change neither numbers nor their order: names, and where arrays are.
-SILENT = re.compile(r"name|debug\w*|\w*sharding\w*|\w*layouts?|ctx_mesh|memory_kind")
+SILENT = re.compile(r"name|weak_type|debug\w*|\w*sharding\w*|\w*layouts?|ctx_mesh|memory_kind")
 # Entries up to which a constant is written out, and how many constants are kept for messages.
 SHOWN, LISTED = 6, 256
 
@@ -65,11 +69,25 @@ def of_inverse(inverse: Any, params: PyTree) -> dict[str, Any]:
         about |= {"solver": named(solver), "damping": named(getattr(solver, "damping", None))}
     if not inverse.on_host:
         try:
-            return traced(_product, inverse, _vector(params), **about)
+            return traced(_product, _wherever(inverse), _vector(params), **about)
         except TypeError:  # computes on the host in a way of its own
             pass
     walk = _Walk()
     return walk.identity(walk.value(inverse), about)
+
+
+def _wherever(op: Any) -> Any:
+    """Return an operator without how many examples it takes at once, and how these lie on devices."""
+
+    def alone(part: Any) -> Any:
+        if not isinstance(part, OverData):
+            return part
+        part = copy.copy(part)
+        for name, value in (("chunk", None), ("rhs_chunk", None), ("layout", Layout())):
+            set_field(part, name, value)
+        return part
+
+    return jax.tree.map(alone, op, is_leaf=lambda part: isinstance(part, OverData))
 
 
 def _product(op: Any, vector: PyTree) -> PyTree:
@@ -130,6 +148,8 @@ class _Walk:
         self._listed: list[str] = []
         self._known: dict[int, tuple[Any, str, _Hash]] = {}  # of constants by address, with what is there
         self._open: set[int] = set()
+        self._functions: dict[int, tuple[Any, _Hash]] = {}  # by address, with what is there
+        self._effects: list[_Hash] = []  # of the jaxpr at hand, such as what a kernel writes
 
     def identity(self, found: _Hash, about: Mapping[str, str]) -> dict[str, Any]:
         told = {**about, "constants": self._listed[:LISTED]}
@@ -154,7 +174,10 @@ class _Walk:
     def _results(self, closed: Any, given: Sequence[_Hash] = ()) -> list[_Hash]:
         """Return the hashes of what a jaxpr gives, on some operands that are known and others that are not."""
         free = [_hash("input", str(i), self.value(v.aval)) for i, v in enumerate(opened(closed).invars[len(given) :])]
-        return self._run(closed, [*given, *free])
+        before, self._effects = self._effects, []
+        found = self._run(closed, [*given, *free])
+        effects, self._effects = self._effects, before
+        return [*found, *effects]
 
     def _run(self, closed: Any, operands: Sequence[_Hash]) -> list[_Hash]:
         jaxpr = opened(closed)
@@ -174,9 +197,13 @@ class _Walk:
         inner = called(equation) or replaced(equation)
         if inner is not None and len(opened(inner).invars) == len(operands):
             return self._run(inner, operands)
+        if equation.primitive.name == "sharding_constraint" or _keeps_dtype(equation):
+            return operands
         names = [name for name in sorted(equation.params) if not SILENT.fullmatch(name)]
         settings = [part for name in names for part in (name, self.value(equation.params[name]))]
         made = _hash(equation.primitive.name, *settings, "of", *operands)
+        if equation.effects and not equation.primitive.name.startswith("debug"):
+            self._effects.append(made)
         return [_hash(made, str(i), self.value(v.aval)) for i, v in enumerate(equation.outvars)]
 
     def _constant(self, constant: _Constant) -> _Hash:
@@ -216,11 +243,12 @@ class _Walk:
         return self._object(thing)
 
     def _object(self, thing: Any) -> _Hash:
-        """Return the hash of an object: of what it holds, and what calling it does."""
-        own = callable(thing) and not _is_library(type(thing))
-        called_by = [self.value(type(thing).__call__)] if own else []
+        """Return the hash of an object: of what it holds, and what its methods do."""
+        classes = [cls for cls in type(thing).__mro__ if not _is_library(cls)]
+        own = [value for cls in classes for _, value in sorted(vars(cls).items())]
+        methods = [self.value(value) for value in own if isinstance(value, types.FunctionType)]
         held = [part for name, value in sorted(_parts(thing).items()) for part in (name, self.value(value))]
-        return _hash("object", type(thing).__name__, *called_by, *held)
+        return _hash("object", type(thing).__name__, *methods, *held)
 
     def items(self, things: Iterable[Any]) -> _Hash:
         """Return the hash of a sequence."""
@@ -234,10 +262,16 @@ class _Walk:
         """Return the hash of a function that is called on the host: of what it does and what it reads."""
         if _is_library(fn):
             return _hash("function", fn.__module__, fn.__qualname__)
-        read = [fn.__globals__[name] for name in _names(fn.__code__) if name in fn.__globals__]
-        values = [value for value in read if not isinstance(value, types.ModuleType | type)]
-        cells = [cell.cell_contents for cell in fn.__closure__ or () if _is_filled(cell)]
-        return self.items([fn.__code__, fn.__defaults__, fn.__kwdefaults__, cells, values])
+        if id(fn) not in self._functions:
+            names = list(_names(fn.__code__))
+            read = [fn.__globals__[name] for name in names if name in fn.__globals__]
+            modules = [it for it in read if isinstance(it, types.ModuleType) and not _is_library(it)]
+            read += [getattr(module, name) for module in modules for name in names if hasattr(module, name)]
+            values = [value for value in read if not isinstance(value, types.ModuleType | type)]
+            cells = [cell.cell_contents for cell in fn.__closure__ or () if _is_filled(cell)]
+            found = self.items([fn.__code__, fn.__defaults__, fn.__kwdefaults__, cells, values])
+            self._functions[id(fn)] = (fn, found)
+        return self._functions[id(fn)][1]
 
     def streamed(self, op: Streamed) -> _Hash:
         """Return the hash of curvature over a loader: of the operator on a batch, and of all data."""
@@ -313,6 +347,12 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(part)
 
 
+def _keeps_dtype(equation: Any) -> bool:
+    """Tell whether an equation only says how strongly its operand is typed."""
+    cast = equation.primitive.name == "convert_element_type"
+    return cast and equation.invars[0].aval.dtype == equation.outvars[0].aval.dtype
+
+
 def _is_filled(cell: types.CellType) -> bool:
     """Tell whether the variable is bound already."""
     try:
@@ -323,7 +363,8 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _is_library(thing: Any) -> bool:
-    """Whether a function or class comes with Python or a package, whose version says what it does."""
-    root = (getattr(thing, "__module__", None) or "").split(".")[0]
+    """Whether a function, class or module comes with Python or a package, whose version says what it does."""
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
+    root = (name or "").split(".")[0]
     file = getattr(sys.modules.get(root), "__file__", None) or ""
     return root in sys.stdlib_module_names or root == __name__.split(".")[0] or "site-packages" in file

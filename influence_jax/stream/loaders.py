@@ -89,10 +89,10 @@ def batches(data: Any, name: str) -> Iterator[PyTree]:
 
 
 class Ordered:
-    """A loader whose first batch is the same each time it is read, as it has to be where results are told by place.
+    """A loader whose batches are the same each time it is read, as they have to be where results are told by place.
 
-    It is read once at the beginning, so that one pass is enough to find a loader that shuffles.  Iterating gives every
-    batch that has examples, checked, and as it stays when the loader goes on.
+    The first is read once at the beginning, so that one pass is enough to find a loader that shuffles.  Iterating gives
+    every batch that has examples, checked, and as it stays when the loader goes on.
 
     Args:
       data: A re-iterable of batches, or a function that makes an iterator of them.
@@ -102,7 +102,7 @@ class Ordered:
     def __init__(self, data: Any, name: str) -> None:
         self._data, self._name = reiterable(data, name), name
         first = next(self._batches(), None)
-        self._seen = None if first is None else fingerprint(first)
+        self._seen = [] if first is None else [fingerprint(first)]  # of each batch, as far as it has been read
         self.first_count = 0 if first is None else tree.count(first)
         self.head = None if first is None else jax.tree.map(lambda x: x[:HEAD].copy(), first)
 
@@ -113,30 +113,34 @@ class Ordered:
         """Batches in order.
 
         Raises:
-          ValueError: If the first is not that of before.
+          ValueError: If one is not that of before.
         """
-        batches = self._batches()
-        first = next(batches, None)
-        if first is not None:
-            self._check(first)
-            yield first
-        elif self._seen is not None:
+        count = 0
+        for number, batch in enumerate(self._batches()):
+            self._check(number, batch)
+            count += 1
+            yield batch
+        if self._seen and not count:
             raise ValueError(
                 f"{self._name}: gave no batch when it was read again; expected the same data each time, so a function "
                 "has to make a new iterator at each call"
             )
-        yield from batches
 
     @property
     def count(self) -> int | None:
         """How many batches there are, if the loader tells."""
         return count_batches(self._data)
 
-    def _check(self, first: PyTree) -> None:
-        if fingerprint(first) != self._seen:
+    def _check(self, number: int, batch: PyTree) -> None:
+        """Raise if a batch is not that of an earlier pass, or remember it."""
+        seen = fingerprint(batch)
+        if number == len(self._seen):
+            self._seen.append(seen)
+        elif seen != self._seen[number]:
+            which = "first examples" if number == 0 else f"examples in batch {number}"
             raise ValueError(
-                f"{self._name}: its first examples are not those of an earlier pass; expected the same order each time "
-                "it is read, e.g. shuffle=False, and no augmentation that is drawn anew"
+                f"{self._name}: its {which} are not those of an earlier pass; expected the same order each time it is "
+                "read, e.g. shuffle=False, and no augmentation that is drawn anew"
             )
 
 
