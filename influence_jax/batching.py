@@ -104,7 +104,9 @@ def batch_size(batch: PyTree, name: str) -> int:
 
 def as_dicts(data: PyTree) -> PyTree:
     """Turn mappings that are no trees to JAX, e.g. `collections.UserDict`, into dicts; arrays stay as they are."""
-    return jax.tree.map(lambda x: {k: as_dicts(x[k]) for k in x} if isinstance(x, Mapping) else x, data)
+    as_dict = lambda x: {key: as_dicts(x[key]) for key in x}
+    known = lambda x: isinstance(x, dict) or not isinstance(x, Mapping)
+    return jax.tree.map(lambda x: x if known(x) else as_dict(x), data, is_leaf=tree.is_loader)
 
 
 def is_foreign(x: Any) -> bool:
@@ -130,7 +132,7 @@ def plain(batch: PyTree, name: str) -> PyTree:
                 "e.g. with .detach().float().cpu()"
             ) from error
 
-    return jax.tree.map(read, as_dicts(batch))
+    return jax.tree.map(read, as_dicts(batch), is_leaf=tree.is_loader)
 
 
 def as_batch(batch: PyTree, name: str) -> PyTree:
