@@ -86,6 +86,22 @@ class TestKeys:
         assert relative_error(np.asarray(store), rows) < 1e-12
 
 
+class Tensor:
+    """An array of another framework, as far as NumPy and slices know it."""
+
+    def __init__(self, entries):
+        self.entries, self.shape, self.dtype = entries, entries.shape, "of the other framework"
+
+    def __array__(self, dtype=None, copy=None):
+        return self.entries if dtype is None else self.entries.astype(dtype)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, key):
+        return Tensor(self.entries[key])
+
+
 class Ids(collections.UserDict):
     """As tokenizers return."""
 
@@ -93,11 +109,7 @@ class Ids(collections.UserDict):
 class TestMappings:
     @pytest.mark.parametrize("foreign", [False, True])
     def test_of_other_kinds_are_dicts(self, foreign):
-        if foreign:
-            torch = pytest.importorskip("torch")
-            given = {"x": torch.from_numpy(DATA["x"]), "y": torch.from_numpy(DATA["y"])}
-        else:
-            given = DATA
+        given = {name: Tensor(leaf) for name, leaf in DATA.items()} if foreign else DATA
         expected = influence().influences(part(DATA, 0, 2), DATA)
         for wrapped in (Ids(given), collections.ChainMap(dict(given))):
             for loader, size in (([Ids(part(given, 0, 6)), Ids(part(given, 6, N))], None), (wrapped, 4)):
@@ -149,19 +161,11 @@ def augmented():
     yield {**DATA, "x": DATA["x"] + DRAW.normal(size=(N, 3))}
 
 
-def torch_loader(size):
-    torch = pytest.importorskip("torch")
-    rows = [jax.tree.map(lambda x, i=i: x[i], DATA) for i in range(N)]
-    return torch.utils.data.DataLoader(rows, batch_size=size, shuffle=True)
-
-
 SHUFFLED = {
     "object": lambda: Shuffling(4),
     "one batch": lambda: Shuffling(N),
     "function": lambda: Shuffling(3).__iter__,
     "augmentation": lambda: augmented,
-    "torch": lambda: torch_loader(4),
-    "torch, one batch": lambda: torch_loader(N),
 }
 WORDS = r"its first examples are not those of an earlier pass; .* shuffle=False"
 QUERY = part(DATA, 0, 2)
@@ -214,3 +218,16 @@ class TestOrder:
     def test_an_empty_query_is_told(self):
         with pytest.raises(ValueError, match="query: got no examples"):
             ij.stream.scores(influence(), part(DATA, 0, 0), [DATA], progress=False)
+
+
+class ShufflingBehind(Shuffling):
+    """The first batch stays where it is."""
+
+    def __iter__(self):
+        order = np.concatenate([np.arange(self.size), self.size + self.draw.permutation(N - self.size)])
+        return iter(cut(jax.tree.map(lambda x: x[order], DATA), *range(self.size, N, self.size), N))
+
+
+def test_what_shuffles_behind_its_first_batch_is_refused_where_it_is_read_again():
+    with pytest.raises(ValueError, match=r"its examples in batch [12] are not those of an earlier pass"):
+        ij.stream.ekfac(squared, PARAMS, ShufflingBehind(4), labels="empirical", progress=False)
