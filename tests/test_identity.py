@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import relative_error
 
 import influence_jax as ij
 from influence_jax.store import GradientStore, OutcomeStore, ScoreStore
@@ -330,6 +331,26 @@ class TestStores:
             run(other)
         with pytest.raises(ValueError, match=r"objective: the same .*; losses of the first rows: \[.* in the store, "):
             ij.stream.gradients(other, PARAMS, CUT, projection, GradientStore.create(tmp_path / "g"), progress=False)
+
+    def test_what_changed_since_it_was_compiled_is_computed_anew(self, tmp_path):
+        """JAX has compiled the loss at weight one; what is kept under the identity at weight three is that at three."""
+
+        class Scaled:
+            scale = 1.0
+
+            def __call__(self, params, z):
+                return self.scale * jnp.sum((z.x @ params["w"]) ** 2)
+
+        loss = Scaled()
+        kept = lambda name: np.asarray(
+            ij.stream.scores(influence(loss), DATA, CUT, ScoreStore.create(tmp_path / name), progress=False)
+        )
+        before = np.asarray(influence(loss).influences(DATA, DATA))
+        assert relative_error(kept("one"), before) < 1e-6
+        loss.scale = 3.0
+        assert relative_error(kept("three"), 9 * before) < 1e-6
+        with pytest.raises(ValueError, match=r"objective: the same program with other constants"):
+            kept("one")
 
     def test_the_measurement_is_seen(self, tmp_path):
         asked = lambda scale: lambda params, z: scale * jnp.sum(z.x @ params["w"])

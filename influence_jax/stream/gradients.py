@@ -15,6 +15,7 @@ from .._typing import LossFunction, PyTree
 from ..objective import Objective, as_objective
 from ..projections import Projection
 from ..store.gradients import GradientStore
+from .identity import pinned
 from .loaders import Block, Blocks
 from .processes import together
 from .tables import Shares, check_sink, describe_gradients
@@ -68,6 +69,7 @@ def gradients(
     check_sink(sink, "gradients", "GradientStore")
     blocks = Blocks(loader, "loader", batch_size, sharding, "gradients" if progress else None)
     shares, manifest = Shares(blocks), describe_gradients("projected gradients", objective, params, blocks)
+    objective = pinned(objective, manifest["objective"])
     options = {"projection": projection, "train_rows": shares.rows, "dtype": manifest["dtype"]}
     waiting: tuple[Block, jax.Array] | None = None
     watch = Watch(objective, params, "loader", made="gradients")

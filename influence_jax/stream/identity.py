@@ -24,8 +24,10 @@ from .. import tree
 from .._jaxpr_compat import called, constants, is_literal, opened, replaced
 from .._pytree import set_field
 from .._typing import Array, PyTree
+from .._words import name_of
 from ..curvature.exact import OverData
 from ..curvature.layout import Layout
+from ..objective import LossOnly, Objective, as_objective
 from ..solvers import Inverse
 from ..store.files import entries_of, raw_bytes
 from .loaders import Blocks
@@ -59,6 +61,45 @@ def of_loss(objective: Any, params: PyTree, examples: PyTree) -> dict[str, Any]:
     one = jax.tree.map(lambda x: shape_of(x[0]), examples)
     gradient = lambda objective, params, example: jax.value_and_grad(objective)(params, example)
     return traced(gradient, objective, jax.tree.map(shape_of, params), one, called=named(objective))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pinned:
+    """A function at what has been traced of it: another program, or other constants in it, is another function.
+
+    JAX compiles a function once, whatever of what it reads changes later; so what is kept under an identity has to be
+    computed by programs that were compiled for that identity.
+    """
+
+    fn: Callable[..., Any]
+    identity: str
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+    def __repr__(self) -> str:
+        return name_of(self.fn)
+
+
+def pinned(objective: Objective | LossOnly, found: Mapping[str, Any]) -> Objective | LossOnly:
+    """Return an objective whose programs are compiled for the identity that was found of it."""
+    if isinstance(objective, LossOnly):
+        return dataclasses.replace(objective, fn=Pinned(objective.fn, found["constants"]))
+    return dataclasses.replace(objective, predict=Pinned(objective.predict, found["constants"]))
+
+
+def pinned_inverse(inverse: Any, found: Mapping[str, Any]) -> Any:
+    """Return an inverse whose operators over data are compiled for the identity that was found of it."""
+    over_data = lambda part: isinstance(part, OverData | Streamed)
+
+    def pin(part: Any) -> Any:
+        if not over_data(part):
+            return part
+        part = copy.copy(part)
+        set_field(part, "objective", pinned(as_objective(part.objective), found))
+        return part
+
+    return jax.tree.map(pin, inverse, is_leaf=over_data)
 
 
 def of_inverse(inverse: Any, params: PyTree) -> dict[str, Any]:

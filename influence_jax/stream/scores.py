@@ -23,7 +23,7 @@ from ..scoring import Best, TopK, merge_best
 from ..store.scores import ScoreStore
 from .loaders import Block, Blocks, is_batch
 from .processes import to_host, together
-from .tables import Memory, Stored, Table, check_sink, describe
+from .tables import Memory, Stored, Table, check_sink, describe, pin
 
 
 @overload
@@ -96,7 +96,7 @@ def scores(
     _check_influence(influence)
     queries, count = _queries(query)
     blocks = Blocks(loader, "loader", batch_size, sharding, "scores" if progress else None)
-    with together(), _table(sink, "scores", influence, queries, count, blocks) as table:
+    with together(), _table(sink, "scores", influence, queries, count, blocks) as (table, influence):
         losses, watches = _without_inverse(influence), _watches(influence, kept=sink is not None)
         for row, block in enumerate(queries):
             factors = _Factors(influence, row, block, table, watches[0])
@@ -197,12 +197,9 @@ def self_influences(
     _check_influence(influence)
     blocks = Blocks(loader, "loader", batch_size, sharding, "self-influences" if progress else None)
 
-    def compute(part: PyTree) -> Array:
-        return influence.self_influences_untold(part)[None]
-
     watches = _watches(influence, kept=sink is not None)
-    with together(), _table(sink, "self_influences", influence, None, 1, blocks) as table:
-        _fill(table, 0, 1, blocks, compute, watches[1])
+    with together(), _table(sink, "self_influences", influence, None, 1, blocks) as (table, at_hand):
+        _fill(table, 0, 1, blocks, lambda part: at_hand.self_influences_untold(part)[None], watches[1])
         whole = table.finish(blocks.examples or 0)
     _warn(watches)
     return whole[0] if sink is None else whole
@@ -396,15 +393,16 @@ def _table(
     queries: list[Block] | None,
     count: int,
     blocks: Blocks,
-) -> Iterator[Table]:
-    """Where scores go; a store is closed whatever happens, and others may then write."""
+) -> Iterator[tuple[Table, Influence]]:
+    """Where scores go, and what computes them; a store is closed whatever happens, and others may then write."""
     if sink is None:
-        yield Memory()
+        yield Memory(), influence
         return
     check_sink(sink, "scores", "ScoreStore")
     rows = 1 if queries is None else tree.count(queries[0].batch)
     asked = None if queries is None else [block.host for block in queries]
     try:
-        yield Stored(sink, describe(what, influence, asked, blocks), count, rows, blocks)
+        manifest = describe(what, influence, asked, blocks)
+        yield Stored(sink, manifest, count, rows, blocks), pin(influence, manifest)
     finally:
         sink.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -16,8 +17,9 @@ from .. import tree
 from .._mesh import compiled
 from .._typing import Array, PyTree
 from ..influence import Influence
+from ..objective import as_objective
 from ..store.files import fingerprint
-from .identity import of_inverse, of_loss, shape_of
+from .identity import of_inverse, of_loss, pinned, pinned_inverse, shape_of
 from .loaders import Block, Blocks
 from .processes import agree, to_host
 
@@ -184,15 +186,28 @@ def describe(what: str, influence: Influence, queries: list[PyTree] | None, bloc
 def describe_gradients(what: str, objective: Any, params: PyTree, blocks: Blocks) -> dict[str, Any]:
     """Return all that makes gradients comparable."""
     names = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+    found = of_loss(objective, params, blocks.head())
     return {
         "what": what,
         "params": fingerprint(jax.tree.map(to_host, params)),
-        "objective": of_loss(objective, params, blocks.head()),
-        "losses of the first rows": _first_losses(objective, params, blocks),
+        "objective": found,
+        "losses of the first rows": _first_losses(pinned(as_objective(objective), found), params, blocks),
         "sign": "positive inner product: training on the example lowers the loss of the query",
         "dtype": np.dtype(tree.accumulation_dtype(*(x.dtype for x in jax.tree.leaves(params)))).name,
         "versions": {"influence_jax": version("influence-jax"), **names},
     }
+
+
+def pin(influence: Influence, manifest: Mapping[str, Any]) -> Influence:
+    """Return an influence that is computed by programs compiled for what the manifest says of it."""
+    objective = as_objective(influence.objective)
+    asked, found = influence.measurement, manifest["measurement"] or manifest["objective"]
+    return dataclasses.replace(
+        influence,
+        objective=pinned(objective, manifest["objective"]),
+        inverse=pinned_inverse(influence.inverse, manifest["inverse"]),
+        measurement=None if asked is None else pinned(as_objective(asked), found),
+    )
 
 
 def _kind(batch: PyTree) -> Any:
