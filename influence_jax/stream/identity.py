@@ -365,7 +365,7 @@ def _data(source: Blocks) -> str:
             header = f"{name}{kind}{array.shape[1:]}".encode()
             digests.setdefault(name, hashlib.blake2b(header, digest_size=16)).update(raw_bytes(array))
     whole = hashlib.blake2b(b"".join(digest.digest() for digest in digests.values()), digest_size=16).digest()
-    shares = agree(count, *np.frombuffer(whole, np.int32)) if source.several else np.asarray([[count]])
+    shares = agree(count, *np.frombuffer(whole, np.int32).tolist()) if source.several else np.asarray([[count]])
     if source.several:
         whole = hashlib.blake2b(shares.tobytes(), digest_size=16).digest()
     return f"{source.name} of {shares[:, 0].sum()} examples {whole.hex()}"
