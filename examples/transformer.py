@@ -104,9 +104,7 @@ cross_entropy = ij.losses.cross_entropy("y")  # the loss of one sequence: the SU
 net = Transformer(args.width, args.blocks)
 variables = jax.jit(net.init)(jax.random.key(0), train.x[:1])
 objective, params = ij.from_linen(net, variables, cross_entropy)
-objective = dataclasses.replace(
-    objective, sample=ij.softmax_labels("y")
-)  # how to draw labels from the model, for Fisher
+objective = dataclasses.replace(objective, sample=ij.softmax_sample)  # draws labels from the model; of a plain sum
 optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 5e-3, args.steps // 10, args.steps), weight_decay=0.5)
 
 
