@@ -161,7 +161,7 @@ def test_minibatches_without_weight():
     assert np.max(np.abs(helpers.flat(product, params))) == 0.0
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-9])
+@pytest.mark.parametrize("size", [1.0, 1e-18])
 def test_root_of_a_loss_that_is_not_convex_is_refused_or_nan(size):
     """However small the loss: it may be divided by the number of examples or tokens."""
     objective = ij.Objective(lambda p, z: p["w"] * z, lambda out, z: -size * out**2)
