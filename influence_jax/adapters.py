@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import tree
+from . import _rows, tree
 from ._typing import Array, PyTree
 from .objective import Objective, get_field
 
@@ -49,8 +49,9 @@ def from_linen(
       `(objective, params)`.
 
     Raises:
-      ValueError: If there are no `"params"`, or, on a call, if dropout or batch norm runs in training mode.
-      TypeError: If `rngs`, `mutable` or an array is passed as a keyword.
+      ValueError: If there are no `"params"`, or, on a call, if dropout or batch norm runs in training mode, or the
+        output of a row is seen to depend on the other rows of a batch.
+      TypeError: If `rngs`, `mutable` or an array is passed as a keyword, or other collections are among the parameters.
 
     Example:
       >>> import influence_jax as ij
@@ -74,6 +75,7 @@ def from_linen(
                 f"{name}: got an array, expected a Python value; make arrays part of the example or variables"
             )
     _check_linen(module)
+    tree.check_only_params(variables["params"], "variables['params']")
     constants = {name: value for name, value in variables.items() if name != "params"}
     keywords = tuple(sorted(apply_kwargs.items()))
     predict = _LinenPredict(module, _one_input(input, "linen", batched), batched, method, keywords)
@@ -98,7 +100,7 @@ def from_nnx(
     Raises:
       TypeError: If the model is no nnx module, or takes more than one input.
       ValueError: If the model has dropout or batch norm in training mode, or no parameters; on a call, if the leaves of
-        the parameters are not those of the model.
+        the parameters are not those of the model, or the output of a row is seen to depend on other rows of a batch.
 
     Example:
       >>> import influence_jax as ij
@@ -246,19 +248,20 @@ class _LinenPredict:
 
         method = getattr(self.module, self.method or "__call__", None)
         _check_one_input(method, type(self.module).__name__, dict(self.keywords), "linen", self.batched)
+        tree.check_only_params(params, "params")
+        variables = {"params": params, **(constants or {})}
+        try:
+            return _on_one(self, variables, get_field(example, self.input, "input"), type(self.module).__name__)
+        except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
+            raise ValueError(
+                f"module: {type(self.module).__name__} runs dropout or batch norm in training mode, where the "
+                "loss of one example is random or depends on its batch; pass the module's evaluation flag to "
+                f"from_linen, e.g. train=False, deterministic=True or use_running_average=True (flax said: {error})"
+            ) from None
 
-        def apply(inputs: PyTree) -> PyTree:
-            try:
-                variables = {"params": params, **(constants or {})}
-                return self.module.apply(variables, inputs, method=self.method, **dict(self.keywords))
-            except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
-                raise ValueError(
-                    f"module: {type(self.module).__name__} runs dropout or batch norm in training mode, where the "
-                    "loss of one example is random or depends on its batch; pass the module's evaluation flag to "
-                    f"from_linen, e.g. train=False, deterministic=True or use_running_average=True (flax said: {error})"
-                ) from None
-
-        return _on_batch_of_one(apply, get_field(example, self.input, "input"), self.batched)
+    def on_batch(self, variables: PyTree, inputs: PyTree) -> PyTree:
+        """Apply the module."""
+        return self.module.apply(variables, inputs, method=self.method, **dict(self.keywords))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -275,25 +278,42 @@ class _NnxPredict:
         return "nnx module"
 
     def __call__(self, params: PyTree, example: PyTree, constants: PyTree) -> PyTree:
-        from flax import nnx
-
         # Merging takes leaves in the order they come in, whatever they are called.
         params = self.params.matched(params, "params", "the model")
         constants = self.constants.matched(constants, "constants", "the model")
+        name = type(model := self._merged((params, constants))).__name__
+        _check_one_input(model, name, {}, "nnx", self.batched)
+        return _on_one(self, (params, constants), get_field(example, self.input, "input"), name)
+
+    def on_batch(self, variables: tuple[PyTree, PyTree], inputs: PyTree) -> PyTree:
+        """Call the module, merged from parameters and constants."""
+        return self._merged(variables)(inputs)
+
+    def _merged(self, variables: tuple[PyTree, PyTree]) -> Any:
+        from flax import nnx
+
         # A copy, since the model may write to its variables: the caller's must stay as they are.
-        model = nnx.merge(self.graph, params, constants, copy=True)
-        _check_one_input(model, type(model).__name__, {}, "nnx", self.batched)
-        return _on_batch_of_one(model, get_field(example, self.input, "input"), self.batched)
+        return nnx.merge(self.graph, *variables, copy=True)
 
 
-def _on_batch_of_one(apply: Callable[[PyTree], PyTree], inputs: PyTree, batched: bool) -> PyTree:
-    if not batched:
-        return apply(inputs)
-    outputs = apply(jax.tree.map(lambda x: jnp.asarray(x)[None], inputs))
+def _on_one(predict: _LinenPredict | _NnxPredict, variables: PyTree, inputs: PyTree, name: str) -> PyTree:
+    """Return the output of one example, if it is that of a batch of any size."""
+    if not predict.batched:
+        return predict.on_batch(variables, inputs)
+    outputs = predict.on_batch(variables, jax.tree.map(lambda x: jnp.asarray(x)[None], inputs))
     for leaf in jax.tree.leaves(outputs):
         if jnp.ndim(leaf) == 0 or leaf.shape[0] != 1:
             raise ValueError(
                 f"module: called on a batch of one it returned shape {jnp.shape(leaf)}, expected a leading axis of "
                 "length 1; pass batched=False if the module takes one example"
             )
+    how = _rows.mixed(predict, _rows.described(variables), _rows.described(inputs))
+    if how is not None:
+        raise ValueError(
+            f"module: {name} computes over the batch that it is given: the output of one row {how}. The library calls "
+            "it on a batch of one example, where that is another number than in training; expected a model whose "
+            "output of an example depends on that example alone, e.g. with stored statistics as constants "
+            "(use_running_average=True, model.eval()) in place of those of the batch, and with losses over pairs of "
+            "examples made of examples that hold both"
+        )
     return jax.tree.map(lambda x: x[0], outputs)

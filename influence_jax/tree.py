@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -22,6 +23,8 @@ from ._mesh import compiled
 from ._typing import Array, PyTree
 
 HIGHEST = lax.Precision.HIGHEST
+# What flax keeps beside "params".
+COLLECTIONS = ("batch_stats", "cache", "intermediates", "perturbations", "params_axes")
 
 
 def path_name(path: tuple) -> str:
@@ -422,6 +425,7 @@ def check_params(params: PyTree, name: str = "params") -> PyTree:
     """
     leaves = named_leaves(params)
     _check_not_a_state(params, name)
+    check_only_params(params, name)
     if not leaves:
         raise ValueError(f"{name}: got a tree without leaves, expected at least one array of parameters")
     names = [leaf_name for leaf_name, _ in leaves]
@@ -465,6 +469,41 @@ def _check_not_a_state(params: PyTree, name: str) -> None:
                 f"{name}: got the state of an optimizer (it holds {type(part).__name__}), expected the parameters that "
                 "it updates, e.g. state.params of a train state"
             )
+
+
+def check_only_params(params: PyTree, name: str) -> None:
+    """Raise TypeError if flax keeps part of it beside the parameters: it would be differentiated as if it were trained.
+
+    Args:
+      params: Any tree.
+      name: What it is called in messages.
+    """
+    paths = [_texts(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_loader)]
+    whole = {path[: i + 1] for path in paths for i in range(len(path))}
+    found = {
+        path[: i + 1]
+        for path in paths
+        for i, key in enumerate(path[:-1])
+        if key == "batch_stats" or (key in COLLECTIONS and (*path[:i], "params") in whole)
+    }
+    kinds = dict.fromkeys("/".join(path) for path in sorted(found)) or _nnx_variables(params)
+    if kinds:
+        raise TypeError(
+            f"{name}: got {', '.join(map(repr, kinds))} among the parameters, which no training differentiates; "
+            "expected the parameters alone, e.g. variables['params'] or nnx.state(model, nnx.Param). Pass the rest as "
+            "influence_jax.Objective(predict, loss, constants=...), which from_linen(module, variables, loss) and "
+            "from_nnx(model, loss) do"
+        )
+
+
+def _nnx_variables(params: PyTree) -> list[str]:
+    """Return which kinds of nnx variables that are no parameters are in it."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return []
+    kinds = (nnx.BatchStat, nnx.RngState, nnx.Cache, nnx.Intermediate)
+    parts = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return sorted({type(part).__name__ for part in parts if isinstance(part, kinds)})
 
 
 def _is_optax(part: PyTree) -> bool:
