@@ -129,6 +129,7 @@ def _bound_scores(
     objective, params, inverse = as_objective(influence.objective), influence.params, cast(Inverse, influence.inverse)
     grads = tree.promote(_per_example_grads(influence.asked, params, query, influence.chunk))
     factors, info = inverse.solve_many(grads)
+    factors = influence.where_fitted(factors)
     parts = inverse.by_block
     reach = {name: _reach(part, _part(grads, part), _part(factors, part), lambda_min) for name, part in parts.items()}
 

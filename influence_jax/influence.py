@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import overload
 
 import jax
+import jax.numpy as jnp
 
 from . import _reprs, tree
 from ._memory import explain_memory_errors
@@ -70,7 +71,8 @@ class Influence:
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, P does not act on `params`, is a curvature rather than
-        its inverse, or was fitted at other parameters.
+        its inverse, or was fitted at other parameters.  Of traced parameters nothing is raised: where they differ from
+        those of the fit, factors and scores are NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,6 +93,8 @@ class Influence:
     chunk: int | None = static(default=None, kw_only=True)
     rhs_chunk: int | None = static(default=None, kw_only=True)
     throw: bool = static(default=False, kw_only=True)
+    # Whether traced params are those that the inverse was fitted at; None where that is known.
+    _fits: Array | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         set_field(self, "objective", as_objective(self.objective))
@@ -105,7 +109,13 @@ class Influence:
         tree.check_vector(self.params, self.inverse.space, "params, against the space of inverse")
         check_chunk(self.chunk)
         check_chunk(self.rhs_chunk, "rhs_chunk")
-        check_inverse(self.inverse, self.params)
+        set_field(self, "_fits", check_inverse(self.inverse, self.params))
+
+    def where_fitted(self, values: PyTree) -> PyTree:
+        """Return `values` that the inverse had a part in; NaN where, under tracing, it was fitted elsewhere."""
+        if self._fits is None:
+            return values
+        return jax.tree.map(lambda x: x * jnp.where(self._fits, 1, jnp.nan).astype(x.dtype), values)
 
     @property
     def holds(self) -> str:
@@ -467,7 +477,8 @@ class Influence:
 
 @compiled
 def _factors(influence: Influence, query: PyTree) -> tuple[PyTree, Info | None]:
-    return solve_with_info(influence.inverse, _query_grads(influence, query))
+    factors, info = solve_with_info(influence.inverse, _query_grads(influence, query))
+    return influence.where_fitted(factors), info
 
 
 @compiled
@@ -486,7 +497,7 @@ def _up_from_train(influence: Influence, query: PyTree, train: PyTree) -> tuple[
     """Solve for the training examples, which are fewer than the queries; P is self-adjoint."""
     grads = tree.promote(_per_example_grads(influence.objective, influence.params, train, influence.chunk))
     factors, info = solve_with_info(influence.inverse, grads)
-    chunks = influence.chunk, influence.rhs_chunk
+    factors, chunks = influence.where_fitted(factors), (influence.chunk, influence.rhs_chunk)
     return inner_products(influence.asked, influence.params, factors, query, *chunks), info
 
 
@@ -527,6 +538,6 @@ def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info |
     def one_chunk(part: PyTree) -> tuple[Array, Info | None]:
         grads = tree.promote(_per_example_grads(influence.objective, influence.params, part))
         solved, info = solve_with_info(influence.inverse, grads)
-        return finite_or_nan(tree.dots(solved, grads)), info
+        return finite_or_nan(influence.where_fitted(tree.dots(solved, grads))), info
 
     return map_chunks(one_chunk, batch, chunk=influence.chunk or rows_at_once(influence.inverse))

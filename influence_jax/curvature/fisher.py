@@ -40,7 +40,7 @@ class Fisher(OverData):
     $u_{is} = L_i\epsilon_{is}$ with $L_iL_i^\top = \nabla^2_{out}\ell_i$ and Rademacher $\epsilon_{is}$, so that its
     expectation is the GGN: for softmax cross-entropy, the average over labels drawn from the model.  Outputs of more
     than 1024 entries need an objective with `sample`, which gives $u_{is}$ itself.  Positive semi-definite; NaN where
-    the loss is not convex in the output, or has no finite second derivative.
+    the loss is not convex in the output, or has no finite second derivative, and under tracing where `sample` is wrong.
 
     Args:
       objective: An `Objective`.
@@ -51,6 +51,7 @@ class Fisher(OverData):
       rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
       key: For the labels; needed.
       samples: How many draws S per example; static.
+      right: Whether what is drawn is right, as is found out under tracing; None where it is known.  Set by the library.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, the key is missing, or what `sample` draws does not
@@ -68,6 +69,7 @@ class Fisher(OverData):
 
     key: Key | None = dataclasses.field(default=None, kw_only=True)
     samples: int = static(default=1, kw_only=True)
+    right: Array | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_positive(self.samples, "samples")
@@ -81,7 +83,7 @@ class Fisher(OverData):
         OverData.__post_init__(self)
         objective = require_split(as_objective(self.objective), "Fisher")
         if given and is_first():
-            check_sample(objective, self.params, self.data.example, self.weights)
+            set_field(self, "right", check_sample(objective, self.params, self.data.example, self.weights))
 
     @property
     def psd(self) -> bool:
@@ -109,7 +111,8 @@ class Fisher(OverData):
     def _cotangents(self, params: PyTree, example: Keyed) -> Array:
         r"""$u_{is} / \sqrt S$, `(S, C)`."""
         out = floating_output(self.split, params, example.example)
-        return drawn_cotangents(self.split, out, example, self.samples)
+        drawn = drawn_cotangents(self.split, out, example, self.samples)
+        return drawn if self.right is None else drawn * jnp.where(self.right, 1, jnp.nan).astype(drawn.dtype)
 
     def sum_product(self, params: PyTree, batch: Keyed, weights: Array, v: PyTree) -> PyTree:
         cotangents = jax.vmap(self._cotangents, (None, 0))(params, batch)

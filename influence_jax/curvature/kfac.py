@@ -168,30 +168,38 @@ def keyed_fisher(
     if recipe.labels == "sampled":
         key = check_key(key, 'labels="sampled" draws labels from the model')
         keys = example_keys(key, start, tree.count(data))
-        if start == 0:
-            check_sample(
-                cast(Objective, as_objective(objective)), tree.check_params(params), data, weights, recipe.mask
-            )
     return EmpiricalFisher(objective, params, Keyed(data, keys), weights=weights, chunk=chunk)
+
+
+def check_drawn(op: EmpiricalFisher, recipe: Recipe) -> Array | None:
+    """Raise if what a fit draws is wrong; under tracing return whether it is right, None where it is known."""
+    if recipe.labels != "sampled":
+        return None
+    return check_sample(op.split, op.params, op.data.example, cast(Array | None, op.weights), recipe.mask)
 
 
 def _checked_fit(op: EmpiricalFisher, recipe: Recipe, *, eigenvalues: bool) -> Kronecker:
     check_finite(op.params, "params")
+    right = check_drawn(op, recipe)
     curvature, leaks = _fit(op, recipe, eigenvalues)
     if not _finite(curvature):
         check_losses(op)
-    curvature = _agreeing(curvature, leaks)
+    curvature = _agreeing(curvature, leaks, right)
     check_fitted(curvature, recipe, op)
     return curvature
 
 
-def _agreeing(curvature: Kronecker, leaks: Sequence[Array | None]) -> Kronecker:
-    """Return the curvature, NaN under tracing where a mask leaves out what the loss depends on; raise on the host."""
+def _agreeing(curvature: Kronecker, leaks: Sequence[Array | None], right: Array | None) -> Kronecker:
+    """Return the curvature, NaN under tracing where a mask leaves out what the loss depends on, or draws are wrong."""
+    flags = [n == 0 for n in leaks if n is not None]
     if not any(isinstance(n, jax.core.Tracer) for n in leaks):
         check_agreement([layer.layer for layer in curvature.layers], leaks)
+        flags = []
+    flags += [] if right is None else [right]
+    if not flags:
         return curvature
-    right = jnp.all(jnp.stack([n == 0 for n in leaks if n is not None]))
-    layers = (dataclasses.replace(x, values=jnp.where(right, x.values, jnp.nan)) for x in curvature.layers)
+    whole = jnp.all(jnp.stack(flags))
+    layers = (dataclasses.replace(x, values=jnp.where(whole, x.values, jnp.nan)) for x in curvature.layers)
     return dataclasses.replace(curvature, layers=tuple(layers))
 
 

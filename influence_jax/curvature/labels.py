@@ -159,22 +159,45 @@ def check_sample(
     data: PyTree,
     weights: Array | np.ndarray | None = None,
     mask: Mask | Named | None = None,
-) -> None:
+) -> Array | None:
     """Raise, on the host, if what an objective draws does not have the loss Hessian for its second moment.
 
-    Looks at a few examples of the data that weigh something; under tracing nothing is looked at.
+    Looks at a few examples of the data that weigh something.  Under tracing nothing can be raised: whether what a
+    function draws is right there is returned, () bool, for what comes of it to be NaN if not; None where it is known.
 
     Raises:
       ValueError: If it has not.
     """
-    if objective.sample is None or not is_at_hand((objective, params, data, weights)):
-        return
+    if objective.sample is None:
+        return None
+    if not is_at_hand((objective, params, data, weights)):
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((objective, params, data, weights)))
+        if isinstance(objective.sample, SoftmaxLabels) or not traced:  # softmax labels are NaN by themselves
+            return None
+        return _is_right(*lax.stop_gradient((objective, params, data, weights)), mask)
     counted = np.arange(tree.count(data)) if weights is None else np.flatnonzero(np.asarray(weights))
-    if not len(counted):
-        return
-    places = counted[np.unique(np.linspace(0, len(counted) - 1, CHECKED).astype(int))]
-    with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is looked at now
-        _check_on(objective, params, take(data, places.astype(np.int32)), places, mask)
+    if len(counted):
+        places = counted[np.unique(np.linspace(0, len(counted) - 1, CHECKED).astype(int))]
+        with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is looked at now
+            _check_on(objective, params, take(data, places.astype(np.int32)), places, mask)
+    return None
+
+
+def _is_right(
+    objective: Objective,
+    params: PyTree,
+    data: PyTree,
+    weights: Array | np.ndarray | None,
+    mask: Mask | Named | None,
+) -> Array:
+    """Tell, inside of a program, whether a function draws the loss Hessian, at the examples that the host looks at."""
+    count = tree.count(data)
+    weighing, number = jnp.arange(count), jnp.asarray(count)
+    if weights is not None:
+        weighing, number = jnp.argsort(jnp.asarray(weights) == 0, stable=True), jnp.sum(jnp.asarray(weights) != 0)
+    spread = jnp.linspace(0, number - 1, min(CHECKED, count)).astype(jnp.int32)
+    few = take(data, weighing[jnp.maximum(spread, 0)])
+    return ~_moments(objective, params, few, jax.random.key(0), mask)[0]
 
 
 def _check_on(objective: Objective, params: PyTree, few: PyTree, places: np.ndarray, mask: Mask | Named | None) -> None:

@@ -293,31 +293,56 @@ def _(op: Inverse) -> str:
     return not_convex_because(op.op)
 
 
-def check_inverse(inverse: LinearOperator, params: PyTree) -> None:
+def check_inverse(inverse: LinearOperator, params: PyTree) -> Array | None:
     """Raise unless an operator may stand for an inverse curvature at `params`.
 
-    A curvature itself is never meant, nor an inverse that was fitted at other parameters, as after training on.  What
-    is traced or cannot be read here passes unseen.
+    A curvature itself is never meant, nor an inverse that was fitted at other parameters, as after training on.  Under
+    tracing nothing can be raised: whether traced parameters are those of the fit is returned, () bool, for what comes
+    of it to be NaN if not; None where there is nothing to compare.  What cannot be read here passes unseen.
     """
     if inverse.is_curvature:
         raise TypeError(
             f"inverse: got a curvature, {inverse!r}; expected its inverse: invert({inverse!r}, BlockCG(damping)), or "
             "another solver"
         )
+    alike = []
     for fitted in inverse.fitted_at:
         for (name, leaf), (_, at) in zip(tree.named_leaves(params), tree.named_leaves(fitted), strict=True):
+            if leaf is at:
+                continue
+            if _is_traced(leaf, at):
+                alike.append(_alike(leaf, at))
+                continue
             apart = _distance(leaf, at)
             if apart is not None:
                 raise ValueError(
                     f"params: leaf '{name}' is up to {apart:.1e} away from where {inverse!r} was fitted, expected the "
                     "parameters it was fitted at; fit the inverse again at these, or pass those"
                 )
+    return jnp.all(jnp.stack(alike)) if alike else None
+
+
+def _is_traced(leaf: Any, other: Any) -> bool:
+    """Tell whether two arrays can be compared inside of a program only."""
+    arrays = all(isinstance(x, jax.Array | np.ndarray) for x in (leaf, other))
+    return arrays and any(isinstance(x, jax.core.Tracer) for x in (leaf, other))
+
+
+def _alike(leaf: Array, other: Array) -> Array:
+    """Tell, inside of a program, whether two leaves are equal as `_distance` understands it."""
+    left, right = lax.stop_gradient((jnp.asarray(leaf), jnp.asarray(other)))
+    infos = [jnp.finfo(x.dtype) for x in (left, right)]
+    if infos[0].bits == infos[1].bits and left.dtype != right.dtype:
+        rounding = float(max(info.eps for info in infos))
+        return jnp.allclose(left.astype(jnp.float32), right.astype(jnp.float32), rounding, 1e-6, equal_nan=True)
+    narrow, wide = sorted(infos, key=lambda info: info.bits)
+    # Compilers leave out a cast to fewer bits and back.
+    rounded = [lax.reduce_precision(x.astype(wide.dtype), narrow.nexp, narrow.nmant) for x in (left, right)]
+    return jnp.array_equal(*rounded, equal_nan=True)
 
 
 def _distance(leaf: Any, other: Any) -> float | None:
     """Return how far two leaves are apart where they differ in the narrower of their dtypes, else None."""
-    if leaf is other:
-        return None
     left, right = _on_this_host(leaf), _on_this_host(other)
     if left is None or right is None:
         return None

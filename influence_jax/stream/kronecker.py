@@ -15,7 +15,7 @@ from .._typing import Key, LossFunction, PyTree
 from ..capture import MAX_SIDE
 from ..curvature import EmpiricalFisher, Kronecker
 from ..curvature.capabilities import wide_dtype
-from ..curvature.kfac import as_recipe, check_fitted, keyed_fisher
+from ..curvature.kfac import as_recipe, check_drawn, check_fitted, keyed_fisher
 from ..curvature.kronecker_fit import LayerMoments, Recipe, corrected, eigenbases, moment_sums, square_sums
 from ..curvature.losses import unsound
 from ..curvature.masks import Mask, check_agreement
@@ -163,7 +163,10 @@ class _Fit:
     def _checked(self, blocks: Blocks) -> Iterator[list[LayerMoments]]:
         """Yield the moments of each block, once the first has been looked at, so that no mistake costs a pass."""
         for number, block in enumerate(blocks):
-            summed = _moments(self._fisher(block), self.recipe)
+            part = self._fisher(block)
+            if number == 0:
+                check_drawn(part, self.recipe)
+            summed = _moments(part, self.recipe)
             if number == 0:
                 _check_mask(summed)
             yield summed
