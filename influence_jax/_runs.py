@@ -231,6 +231,7 @@ def _check_weights(masks: np.ndarray, train: Training) -> None:
 def _checked_masks(masks: Any) -> np.ndarray:
     if isinstance(masks, jax.Array) and jnp.issubdtype(masks.dtype, jax.dtypes.prng_key):
         raise TypeError("masks: got random keys, expected (S, N); the order is retrain(train_fn, masks, keys, measure)")
+    tree.check_unmasked(masks, "masks")
     masks = np.asarray(masks)
     floating = jnp.issubdtype(masks.dtype, jnp.floating)
     if masks.dtype != np.bool_ and not floating:

@@ -139,6 +139,7 @@ def check_weights(weights: Any, count: int) -> Array:
     Raises:
       TypeError, ValueError: If they are not; the values of traced weights pass unseen.
     """
+    weights = tree.read(weights, "weights")
     if not (hasattr(weights, "shape") and hasattr(weights, "dtype")):
         raise TypeError(f"weights: got a {type(weights).__name__}, expected an array ({count},); use jnp.asarray")
     if weights.shape != (count,):

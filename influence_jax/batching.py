@@ -85,7 +85,7 @@ def batch_size(batch: PyTree, name: str) -> int:
     if not leaves:
         raise ValueError(f"{name}: got a tree without arrays, expected leaves with a leading example axis")
     for path, leaf in leaves:
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        if not ((hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or tree.is_foreign(leaf)):
             raise TypeError(
                 f"{name}: leaf '{path}' is a {type(leaf).__name__}, expected an array with a leading example axis; "
                 "turn lists into arrays with numpy.asarray, and gather a loader's batches into one batch first, e.g. "
@@ -106,33 +106,16 @@ def as_dicts(data: PyTree) -> PyTree:
     """Turn mappings that are no trees to JAX, e.g. `collections.UserDict`, into dicts; arrays stay as they are."""
     as_dict = lambda x: {key: as_dicts(x[key]) for key in x}
     known = lambda x: isinstance(x, dict) or not isinstance(x, Mapping)
-    return jax.tree.map(lambda x: x if known(x) else as_dict(x), data, is_leaf=tree.is_loader)
-
-
-def is_foreign(x: Any) -> bool:
-    """Tell whether it is an array of another framework, or on disk, that NumPy can read."""
-    return hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.ndarray | np.generic | jax.Array)
+    return jax.tree.map(lambda x: x if known(x) else as_dict(x), data, is_leaf=tree.is_opaque)
 
 
 def plain(batch: PyTree, name: str) -> PyTree:
     """Turn arrays of other frameworks into NumPy's, and mappings that are no trees to JAX into dicts, at any depth.
 
     Raises:
-      TypeError: If NumPy cannot read an array, e.g. one that is on another device.
+      TypeError: As `tree.readable`, e.g. of an array that is on another device, masked or sparse.
     """
-
-    def read(x: Any) -> Any:
-        if not is_foreign(x):
-            return x
-        try:
-            return np.asarray(x)
-        except (TypeError, RuntimeError) as error:
-            raise TypeError(
-                f"{name}: got a {type(x).__module__}.{type(x).__name__} that NumPy cannot read ({error}); convert it, "
-                "e.g. with .detach().float().cpu()"
-            ) from error
-
-    return jax.tree.map(read, as_dicts(batch), is_leaf=tree.is_loader)
+    return tree.readable(as_dicts(batch), name)
 
 
 def as_batch(batch: PyTree, name: str) -> PyTree:
@@ -171,9 +154,10 @@ def check_batch(batch: PyTree, name: str) -> None:
     """
     batch_size(batch, name)
     for path, leaf in tree.named_leaves(batch):
-        if isinstance(leaf, np.ndarray) and not _is_number(leaf.dtype):
+        if isinstance(leaf, np.ndarray) and not tree.is_number(leaf.dtype):
+            hint = "; rows of several lengths have to be padded to one" if leaf.dtype == object else ""
             raise TypeError(
-                f"{name}: leaf '{path}' has dtype {leaf.dtype}, expected numbers or booleans; encode it first"
+                f"{name}: leaf '{path}' has dtype {leaf.dtype}, expected numbers or booleans; encode it first{hint}"
             )
         if tree.is_float64_lost(leaf):
             raise TypeError(
@@ -212,10 +196,6 @@ def check_finite(values: PyTree, name: str) -> None:
 def readable_in_place(leaf: Array) -> bool:
     """Whether numpy reads it without a copy, which spares compiling a program for every shape."""
     return len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu" and leaf.is_fully_addressable
-
-
-def _is_number(dtype: np.dtype) -> bool:
-    return dtype.kind in "biufc" or jnp.issubdtype(dtype, np.number)  # the latter for bfloat16 and its kind
 
 
 def check_chunk(chunk: int | None, name: str = "chunk") -> None:

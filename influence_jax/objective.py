@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import _reprs, tree
 from ._one_hot import check_labels
@@ -70,9 +71,8 @@ class Objective:
                     "(key, output) -> cotangent, or None"
                 )
             check_hashable(self.sample, "sample")
-        for path, leaf in tree.named_leaves(self.constants):
-            _check_constant(leaf, path)
-        set_field(self, "constants", jax.tree.map(jnp.asarray, self.constants))
+        tree.named_leaves(self.constants)  # refuses keys that cannot be sorted
+        set_field(self, "constants", jax.tree_util.tree_map_with_path(_as_constant, self.constants))
 
     def output(self, params: PyTree, example: PyTree) -> PyTree:
         """The model's output for one example at `params`."""
@@ -227,13 +227,19 @@ def on_block(
     return dataclasses.replace(objective, frozen=frozen), chosen
 
 
-def _check_constant(leaf: Any, path: str) -> None:
+def _as_constant(path: tuple, leaf: Any) -> Array:
+    """Return a leaf of the constants as a JAX array, or raise TypeError."""
+    what = f"constants: leaf '{tree.path_name(path)}'"
     if isinstance(leaf, int | float | complex):
-        return
+        return jnp.asarray(leaf)
+    leaf = tree.read(leaf, what)
     if not hasattr(leaf, "dtype"):
-        raise TypeError(f"constants: leaf '{path}' is {leaf!r}, expected an array; put what is none into the function")
+        raise TypeError(f"{what} is {leaf!r}, expected an array; put what is none into the function")
+    if isinstance(leaf, np.ndarray) and not tree.is_number(leaf.dtype):
+        raise TypeError(f"{what} has dtype {leaf.dtype}, expected numbers or booleans; encode it first")
     if tree.is_float64_lost(leaf):
-        raise TypeError(f"constants: leaf '{path}' is float64 but 64-bit mode is off; cast it to float32")
+        raise TypeError(f"{what} is float64 but 64-bit mode is off; cast it to float32")
+    return jnp.asarray(leaf)
 
 
 def check_hashable(fn: Callable, name: str) -> None:

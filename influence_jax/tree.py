@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
       ValueError: If a dict has keys that cannot be sorted, such as 1 and "1".
     """
     try:
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_loader)
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_opaque)
     except ValueError as error:
         raise ValueError(
             f"a tree of arrays: got a dict whose keys cannot be sorted ({error}); let its keys be all strings, or all "
@@ -53,6 +54,101 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Array]]:
 def is_loader(x: PyTree) -> bool:
     """Tell whether `x` is an iterable that JAX does not know as a container; it warns about those."""
     return isinstance(x, Iterable) and jax.tree_util.default_registry.flatten_one_level(x) is None
+
+
+def is_opaque(x: PyTree) -> bool:
+    """Tell whether `x` is to be seen as one leaf: a loader, or a sparse array, whose parts hold no examples."""
+    return is_loader(x) or is_sparse(x)
+
+
+def is_sparse(x: Any) -> bool:
+    """Tell whether it is a sparse array of JAX, which is a tree of its parts."""
+    sparse = sys.modules.get("jax.experimental.sparse")
+    return sparse is not None and isinstance(x, sparse.JAXSparse)
+
+
+def is_foreign(x: Any) -> bool:
+    """Tell whether it is an array of another framework, or on disk, that has shape and entries."""
+    known = isinstance(x, np.ndarray | np.generic | jax.Array) or hasattr(x, "__jax_array__")
+    return not known and hasattr(x, "shape") and (hasattr(x, "__array__") or _has_entries(x))
+
+
+def _has_entries(x: Any) -> bool:
+    return hasattr(x, "dtype") and hasattr(x, "__getitem__")
+
+
+def read(x: Any, what: str) -> Any:
+    """Return an array of another framework, on disk or of a special kind, as NumPy's; anything else as it is.
+
+    Args:
+      x: A leaf.
+      what: What it is called in messages.
+
+    Raises:
+      TypeError: If NumPy cannot read it, or it is sparse, has masked entries or numbers that JAX has not.
+    """
+    if isinstance(x, np.ndarray):
+        return _plain(x, what)
+    if not is_foreign(x):
+        return x
+    try:
+        entries = np.asarray(x if hasattr(x, "__array__") else x[...])
+    except (TypeError, ValueError, RuntimeError) as error:
+        way = ".to_dense()" if "to_dense" in str(error) else _conversion(x)
+        raise TypeError(
+            f"{what}: got a {_type_name(x)} that NumPy cannot read ({error}); convert it, e.g. with {way}"
+        ) from error
+    if entries.shape != tuple(x.shape):
+        raise TypeError(
+            f"{what}: got a {_type_name(x)} of shape {tuple(x.shape)}, of which NumPy reads shape {entries.shape}; "
+            f"expected a dense array, so convert it, e.g. with {_conversion(x)}"
+        )
+    return _plain(entries, what)
+
+
+def _plain(x: np.ndarray, what: str) -> np.ndarray:
+    """Return it without a mask, as no subclass, and in the byte order of this machine."""
+    check_unmasked(x, what)
+    x = np.asarray(x)
+    if x.dtype.kind in "fc" and np.finfo(x.dtype).bits > 64:
+        raise TypeError(f"{what}: got {x.dtype}, which JAX has not; cast it, e.g. with .astype(numpy.float32)")
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def check_unmasked(x: Any, what: str) -> None:
+    """Raise TypeError if entries are masked, for whatever reads it takes what is under the mask."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise TypeError(
+            f"{what}: got a masked array with {np.ma.count_masked(x)} masked entries, but JAX knows no masks; expected "
+            "a plain array: fill them, e.g. with .filled(0), and let the loss, or weights=, leave them out"
+        )
+
+
+def _type_name(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}"
+
+
+def _conversion(x: Any) -> str:
+    """Return how to make a dense array on the host of it."""
+    ways = {"toarray": ".toarray()", "todense": ".todense()", "detach": ".detach().float().cpu()"}
+    return next((way for name, way in ways.items() if hasattr(x, name)), "numpy.asarray or .detach().float().cpu()")
+
+
+def readable(tree: PyTree, name: str) -> PyTree:
+    """`read` of all leaves.
+
+    Raises:
+      TypeError: As `read`, or if there is a sparse array of JAX, whose parts would be taken for arrays of examples.
+    """
+
+    def leaf_read(path: tuple, x: Any) -> Any:
+        what = f"{name}: leaf '{path_name(path)}'" if path else name
+        if is_sparse(x):
+            raise TypeError(f"{what}: got a sparse {type(x).__name__}, expected a dense array; use .todense()")
+        return read(x, what)
+
+    named_leaves(tree)  # refuses keys that cannot be sorted
+    return jax.tree_util.tree_map_with_path(leaf_read, tree, is_leaf=is_opaque)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,6 +501,11 @@ def basis_vector(index: Array, like: PyTree, dtype: np.dtype) -> PyTree:
     return unflatten((jnp.arange(size(like)) == index).astype(dtype), like)
 
 
+def is_number(dtype: np.dtype) -> bool:
+    """Tell whether entries of that dtype of NumPy's are numbers or booleans."""
+    return dtype.kind in "biufc" or jnp.issubdtype(dtype, np.number)  # the latter for bfloat16 and its kind
+
+
 def is_float64_lost(leaf: Array | np.ndarray) -> bool:
     """Whether JAX would silently cut this leaf to single precision."""
     wide = np.dtype(leaf.dtype) in (np.dtype(np.float64), np.dtype(np.complex128)) if _has_numpy_dtype(leaf) else False
@@ -423,9 +524,10 @@ def check_params(params: PyTree, name: str = "params") -> PyTree:
       TypeError: If a leaf is not a real floating array, or is float64 while x64 is off, or if the tree is the state of
         a training.
     """
-    leaves = named_leaves(params)
     _check_not_a_state(params, name)
     check_only_params(params, name)
+    params = readable(params, name)
+    leaves = named_leaves(params)
     if not leaves:
         raise ValueError(f"{name}: got a tree without leaves, expected at least one array of parameters")
     names = [leaf_name for leaf_name, _ in leaves]
@@ -515,6 +617,7 @@ def check_vector(vector: PyTree, like: PyTree, name: str, *, lead: tuple[int, ..
     if jax.tree.structure(vector) != jax.tree.structure(like):
         raise ValueError(f"{name}: {_structure_difference(vector, like)}")
     for (leaf_name, leaf), other in zip(named_leaves(vector), jax.tree.leaves(like), strict=True):
+        _check_read(leaf, f"{name}: leaf '{leaf_name}'")
         expected = (*lead, *other.shape)
         if jnp.shape(leaf) != expected:
             raise ValueError(f"{name}: leaf '{leaf_name}' has shape {jnp.shape(leaf)}, expected {expected}")
@@ -523,6 +626,14 @@ def check_vector(vector: PyTree, like: PyTree, name: str, *, lead: tuple[int, ..
             raise TypeError(f"{name}: leaf '{leaf_name}' is {got}, expected an array of a floating dtype")
         if is_float64_lost(leaf):
             raise TypeError(f"{name}: leaf '{leaf_name}' is float64 but 64-bit mode is off; cast it to float32")
+
+
+def _check_read(leaf: Any, what: str) -> None:
+    """Raise TypeError unless JAX takes it as it is."""
+    found = read(leaf, what)
+    if found is not leaf and (is_foreign(leaf) or found.dtype != leaf.dtype):
+        got = f"{_type_name(leaf)} of {leaf.dtype}"
+        raise TypeError(f"{what}: got a {got}, expected an array of JAX or NumPy in native byte order; convert it")
 
 
 def check_stack(stack: PyTree, like: PyTree, name: str) -> int:

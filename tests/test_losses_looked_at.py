@@ -380,7 +380,7 @@ def test_arrays_of_other_frameworks_and_user_dicts_in_memory():
         assert relative_error(ij.Influence(loss, MATRIX, ij.Identity(MATRIX)).influences(other, other), right) == 0
         assert ij.EmpiricalFisher(loss, MATRIX, other).count == N
     spoilt = {"x": Tensor(X, requires_grad=True), "y": Y}
-    with pytest.raises(TypeError, match=r"train: got a .*Tensor that NumPy cannot read .* \.detach\(\)"):
+    with pytest.raises(TypeError, match=r"train: leaf 'x': got a .*Tensor that NumPy cannot read .* \.detach\(\)"):
         ij.Influence(loss, MATRIX, ij.Identity(MATRIX)).influences(data, spoilt)
 
 

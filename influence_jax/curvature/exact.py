@@ -259,10 +259,12 @@ class EmpiricalFisher(OverData):
 
 
 def _as_weights(weights: Array | np.ndarray, op: OverData) -> Array:
+    weights = tree.read(weights, "weights")
     if not hasattr(weights, "dtype"):
         raise TypeError(f"weights: got {weights!r:.100}, expected an array ({op.count},); make one by jnp.asarray")
-    if jnp.issubdtype(jnp.result_type(weights), jnp.complexfloating):
-        raise TypeError(f"weights: got {jnp.result_type(weights)}, expected real numbers")
+    real = jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)
+    if not (real or weights.dtype == bool):
+        raise TypeError(f"weights: got {weights.dtype}, expected real numbers")
     if jnp.shape(weights) != (op.count,):
         raise ValueError(f"weights: got shape {jnp.shape(weights)}, expected ({op.count},), one per example of data")
     if not isinstance(weights, jax.core.Tracer) and getattr(weights, "is_fully_addressable", True):

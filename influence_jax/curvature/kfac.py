@@ -164,7 +164,8 @@ def keyed_fisher(
     start: int = 0,
 ) -> EmpiricalFisher:
     """The data of a fit, or the part of them that begins with example `start`, with a key for each drawn label."""
-    data, keys = as_batch(data, "data"), cast(Key, None)  # only drawn labels look at keys
+    data, weights = as_batch(data, "data"), tree.read(weights, "weights")
+    keys = cast(Key, None)  # only drawn labels look at keys
     if recipe.labels == "sampled":
         key = check_key(key, 'labels="sampled" draws labels from the model')
         keys = example_keys(key, start, tree.count(data))

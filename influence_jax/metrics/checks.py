@@ -90,6 +90,7 @@ def flags(value: Any, name: str, *axes: str) -> Array:
 def _array(value: Any, name: str, axes: Sequence[str]) -> Array | np.ndarray:
     """Return real numbers of one of the layouts, on the host unless they are an array of JAX's already."""
     expected = " or ".join(axes) or "(S, ...)"
+    tree.check_unmasked(value, name)
     try:
         of_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
         array = value if isinstance(value, jax.Array) else (jnp.asarray if of_jax else np.asarray)(value)

@@ -13,7 +13,7 @@ import numpy as np
 from .. import tree
 from .._progress import bar
 from .._typing import Array, PyTree
-from ..batching import Batch, as_dicts, batch_size, check_batch, check_positive, is_foreign, plain
+from ..batching import Batch, as_dicts, batch_size, check_batch, check_positive, plain
 from ..store.files import fingerprint
 from .processes import agree, check_counts, local_rows
 
@@ -33,7 +33,7 @@ def is_batch(data: Any) -> bool:
     Except a list of trees, a list of arrays of different lengths, and a tuple of `Batch`es.
     """
     leaves = [leaf for _, leaf in tree.named_leaves(as_dicts(data))]
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray) or is_foreign(x)
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray) or tree.is_foreign(x) or tree.is_sparse(x)
     several = isinstance(data, list) and len(data) > 0 and not (all(map(is_array, data)) and _alike_long(data))
     several |= isinstance(data, tuple) and any(isinstance(item, Batch) for item in data)
     return bool(leaves) and all(map(is_array, leaves)) and not several
@@ -409,7 +409,7 @@ def paced(results: Iterable[T]) -> Iterator[T]:
 
 
 def _rows(batch: PyTree, start: int, stop: int) -> PyTree:
-    return jax.tree.map(lambda x: x if start == 0 and stop == len(x) else x[start:stop], batch)
+    return jax.tree.map(lambda x: x if start == 0 and stop == x.shape[0] else x[start:stop], batch)
 
 
 def _is_empty(batch: PyTree) -> bool:
