@@ -170,6 +170,15 @@ def test_under_tracing_only_nan():
 NAN_ROWS = ij.Batch(np.where(WEIGHTS[:, None] > 0, X, np.nan), np.where(WEIGHTS > 0, Y, -100))
 
 
+def test_an_operator_that_a_compiled_program_holds():
+    """What it holds is looked at while it is traced, its weights too."""
+    good, bad = (ij.GGN(SOFTMAX, MATRIX, labelled(y), weights=jnp.asarray(WEIGHTS + 1)) for y in (1, C))
+    solve = lambda op: jax.jit(lambda damping: ij.invert(op, ij.Eigh(damping)).mv(MATRIX)["w"])(0.3)
+    assert relative_error(solve(good), ij.invert(good, ij.Eigh(0.3)).mv(MATRIX)["w"]) < 1e-12
+    with pytest.raises(ValueError, match=r"data: the loss of 2 of 14 examples .* first example 2"):
+        solve(bad)
+
+
 def softmax_curvature():
     """The Hessian of the mean loss of GOOD, which is the GGN, in closed form."""
     p = np.exp(X @ np.asarray(MATRIX["w"]))

@@ -19,7 +19,8 @@ def unsound(op: OverData, start: int = 0, *, gradients: bool = False) -> Unsound
     """Look at the losses of examples that have weight; `start` is the place of the first in the whole data."""
     expected = op.count if gradients else 0
     data = op.data.example if isinstance(op.data, Keyed) else op.data
-    counted: Array | np.ndarray = np.ones(op.count, bool) if op.weights is None else jnp.asarray(op.weights) != 0
+    with jax.ensure_compile_time_eval():  # as in `find`
+        counted: Array | np.ndarray = np.ones(op.count, bool) if op.weights is None else jnp.asarray(op.weights) != 0
     settings = {"start": start, "expected": expected, "chunk": op.chunk}
     return find(as_objective(op.objective), op.params, data, counted=counted, **settings)
 
