@@ -42,7 +42,7 @@ def mean_loss(
     dtype = tree.accumulation_dtype(losses.dtype, weights.dtype)
     weights, penalty = weights.astype(dtype), jnp.asarray(penalty).astype(dtype)
     total = jnp.sum(weights)
-    mean = jnp.sum(weights * losses.astype(dtype)) / jnp.where(total > 0, total, 1)
+    mean = jnp.sum(weights * losses.astype(dtype)) / jnp.where(total != 0, total, 1)
     return mean + penalty / 2 * tree.dot(params, params).astype(dtype)
 
 
@@ -61,7 +61,7 @@ def step(
     given = {"gradient": slope, "state": state.optimizer, "params": state.params}
     change, changed = ask("optimizer", update, given, PLAIN)
     stepped = State(optax.apply_updates(state.params, change), changed)
-    return jax.tree.map(partial(jnp.where, jnp.any(weights > 0)), stepped, state)
+    return jax.tree.map(partial(jnp.where, jnp.any(weights != 0)), stepped, state)
 
 
 def scan_again(step: Callable[[State, PyTree], State], state: State, parts: PyTree) -> State:

@@ -1,16 +1,19 @@
 r"""Training as a pure function of the examples' weights, to be mapped over masks and differentiated.
 
 Every step minimises $\sum_{i\in batch} w_i\,\ell_i / \sum_{i\in batch} w_i + \frac{\lambda}{2}\|\theta\|^2$, so that an
-example of weight zero counts as one that is not there; its loss is to be finite all the same.
+example of weight zero counts as one that is not there, whatever its loss is where the training starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -19,7 +22,7 @@ from ._mesh import compiled
 from ._pytree import dataclass, static
 from ._steps import State
 from ._typing import Array, ArrayLike, Key, LossFunction, PyTree
-from .batching import as_batch, check_key, check_positive
+from .batching import as_batch, check_key, check_positive, map_over, take
 from .objective import LossOnly, Objective, as_objective, check_hashable
 from .solvers.damping import check_number
 
@@ -88,11 +91,14 @@ def training(
     for part in (optimizer.init, optimizer.update):
         check_hashable(part, "optimizer")
     start, draw = _as_start(params)
+    losses, data = as_objective(objective), as_batch(data, "data")
+    lost = _lost(losses, start, draw, data)
     return Training(
-        as_objective(objective),
+        losses,
         start,
-        as_batch(data, "data"),
+        data if lost is None else _without(data, lost),
         penalty,
+        lost=lost,
         draw=draw,
         optimizer=optimizer,
         epochs=int(epochs),
@@ -110,8 +116,9 @@ class Training:
     Attributes:
       objective: Loss of a training example.
       params: The start, leaves `(*leaf)`; None where it is drawn.
-      data: Leaves `(N, ...)`.
+      data: Leaves `(N, ...)`; where examples are lost, another one stands in for them.
       penalty: $\lambda$.
+      lost: Which examples have no finite loss, `(N,)`: they may have no weight; None if there are none.
       draw: `key -> params`; None where the start is given; static.
       optimizer: From optax; static.
       epochs: How often to go through the data; static.
@@ -133,6 +140,7 @@ class Training:
     params: PyTree  # the start; None where it is drawn
     data: PyTree
     penalty: float | Array
+    lost: Array | None = dataclasses.field(default=None, kw_only=True)
     draw: Callable[[Key], PyTree] | None = static(kw_only=True)
     optimizer: optax.GradientTransformation = static(kw_only=True)
     epochs: int = static(kw_only=True)
@@ -196,6 +204,54 @@ def _as_start(params: PyTree | Callable[[Key], PyTree]) -> tuple[PyTree, Callabl
     return None, params
 
 
+def _lost(
+    objective: Objective | LossOnly, start: PyTree, draw: Callable[[Key], PyTree] | None, data: PyTree
+) -> Array | None:
+    """Return which examples have no finite loss, neither at the start nor near it; None if none, all or unknown.
+
+    A weight of zero does not keep them out of a sum, for zero times what is not finite is not zero.  To put others into
+    their places in every step would copy the data for every mask; to do so once asks which they are.
+    """
+    if any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in jax.tree.leaves((start, data))):
+        return None
+    lost = jnp.zeros((), bool)
+    for number in range(2):  # the second only if need be: what is undefined at one point may be at zero, say, alone
+        at = _near(start, number) if draw is None else tree.check_params(draw(jax.random.key(number)))
+        found = ~np.asarray(_finite(objective, at, data))
+        lost = found if number == 0 else lost & found
+        if not lost.any() or lost.all():
+            return None
+    return jnp.asarray(lost)
+
+
+@compiled
+def _finite(objective: Objective | LossOnly, params: PyTree, data: PyTree) -> Array:
+    return map_over(lambda example: jnp.isfinite(objective(params, example)), data)
+
+
+def _near(params: PyTree, number: int) -> PyTree:
+    """Return the parameters, or others near them."""
+    shift = lambda x: (0.01 * number * np.cos(np.arange(x.size)).reshape(x.shape)).astype(x.dtype)
+    return jax.tree.map(lambda x: x + shift(x), params)
+
+
+def _without(data: PyTree, lost: Array) -> PyTree:
+    """Return data with the first other example in the places of those that are lost."""
+    return take(data, jnp.where(lost, jnp.argmin(lost), jnp.arange(lost.size)))
+
+
+@jax.custom_jvp
+def _of_lost(weights: Array, lost: Array) -> Array:
+    """Make a weight of what is lost NaN, unless it is zero; its derivative, that of the training, is NaN anyway."""
+    return jnp.where(lost & (weights != 0), jnp.nan, weights)
+
+
+@_of_lost.defjvp
+def _of_lost_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    weights, lost = primals
+    return _of_lost(weights, lost), jnp.where(lost, jnp.full_like(weights, jnp.nan), 1) * tangents[0]
+
+
 @compiled
 def _trained(train: Training, weights: Array, key: Key) -> PyTree:
     state, weights, key = _begun(train, weights, key)
@@ -223,7 +279,10 @@ def _begun(train: Training, weights: Array, key: Key) -> tuple[State, Array, Key
     for_start, for_order = jax.random.split(key)
     params = train.params if train.draw is None else tree.check_params(train.draw(for_start))
     wide = tree.accumulation_dtype(*(leaf.dtype for leaf in jax.tree.leaves(params)))
-    return State(params, train.optimizer.init(params)), weights.astype(wide), for_order
+    weights = weights.astype(wide)
+    if train.lost is not None:
+        weights = _of_lost(weights, train.lost)
+    return State(params, train.optimizer.init(params)), weights, for_order
 
 
 def _step(train: Training, state: State, batch: PyTree, weights: Array) -> State:
@@ -243,7 +302,7 @@ def _epoch(train: Training, state: State, weights: Array, key: Key, epoch: Array
         return _step(train, state, train.data, weights)
     order, kept = _steps.order(key, epoch, train.count), jnp.ones_like(weights, bool)
     if train.batches == "own":
-        kept = weights > 0
+        kept = weights != 0  # NaN is kept: the training is then not defined
         order = _steps.kept_first(order, kept)
     batches = _steps.in_batches(order, train.batch_size)
     steps = -(-jnp.sum(kept) // batches.shape[1])

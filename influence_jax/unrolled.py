@@ -112,7 +112,8 @@ def _influences(
     of_one = lambda example: pull(jax.grad(asked)(params, example))[0]
     scores = -jnp.sum(weights) * map_rows(of_one, query, rhs_chunk)
     trained = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)])
-    return scores, jnp.all(trained), jnp.all(jnp.isfinite(scores))
+    known = False if training.lost is None else training.lost
+    return scores, jnp.all(trained), jnp.all(jnp.where(known, True, jnp.isfinite(scores)))
 
 
 def _check_finite(trained: bool, differentiated: bool, training: Training) -> None:
