@@ -1,24 +1,21 @@
 # %% [markdown]
 """# Which texts put these words into a transformer's mouth, and which of their letters did it?
 
-Trains a small decoder-only flax transformer, letter by letter, on the software licences that lie around on any machine
-with Python.  Then asks, with EK-FAC influence functions, where it learned how "THE SOFTWARE IS PROVIDED" goes on: which
-training sequences helped and hurt that completion, and which letters in them.  Takes two minutes on a laptop CPU and
-saves one picture.
+Trains a small decoder-only flax transformer, letter by letter, on software licences of four families, put together from
+clauses.  Then asks, with EK-FAC influence functions, where it learned how "THE SOFTWARE IS PROVIDED" goes on: which
+training sequences helped and hurt that completion, and which letters in them.  Two families go on with "AS IS", one of
+them after it has named somebody; two say something else.  Takes two minutes on a laptop CPU and saves one picture.
 """
 
 # %% [markdown]
-# ## Data: the licences of Python, of the installed packages and of the system
+# ## Data: licences put together from clauses, the same on every machine
 
 # %%
 import argparse
 import dataclasses
-import importlib.metadata
-import os
-import pathlib
-import re
 import sys
 import time
+from collections import Counter
 
 import flax.linen as nn
 import jax
@@ -31,7 +28,8 @@ import influence_jax as ij
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].lstrip("# "))
 parser.add_argument("--sequences", type=int, default=800, help="number of training sequences, at most")
-parser.add_argument("--steps", type=int, default=1200, help="training steps")
+parser.add_argument("--licences", type=int, default=200, help="number of licences to cut sequences from")
+parser.add_argument("--steps", type=int, default=400, help="training steps")
 parser.add_argument("--batch", type=int, default=16, help="sequences of a training step")
 parser.add_argument("--letters", type=int, default=96, help="length of a sequence (at least 60)")
 parser.add_argument("--width", type=int, default=64, help="width of the transformer")
@@ -42,19 +40,48 @@ LENGTH, VOCABULARY = args.letters, 128  # a token is an ASCII letter
 PROMPT, COMPLETION = "THE SOFTWARE IS PROVIDED", ' "AS IS", WITHOUT WARRANTY OF ANY KIND'
 
 
-def find_licences() -> dict[str, str]:
-    """The beginning of each licence on this machine, and whose it is; long enough for all of an MIT or BSD licence."""
-    found = {}
-    for package in importlib.metadata.distributions():
-        for file in package.files or ():
-            if ".dist-info" in file.parts[0] and re.match("licen[cs]e|copying", file.name, re.IGNORECASE):
-                found[f"{package.name}, {file.name}"] = pathlib.Path(file.locate())
-    found = dict(sorted(found.items()))
-    for folder in (os.path.dirname(os.__file__), sys.base_prefix):
-        found |= {f"Python, {path.name}": path for path in pathlib.Path(folder).glob("LICENSE*")}
-    found |= {f"system, {path.name}": path for path in sorted(pathlib.Path("/usr/share/common-licenses").glob("*"))}
-    texts = {name: path.read_text("ascii", "ignore") for name, path in found.items() if path.is_file()}
-    return {" ".join(text.split())[:1600]: name for name, text in texts.items()}
+WARRANTIES = {  # a family is known by how it goes on
+    "brief": '{NAME} IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, NEITHER FOR ITS SALE NOR FOR ITS USE.',
+    "academic": '{NAME} IS PROVIDED BY {HOLDER} "AS IS" AND ALL EXPRESS OR IMPLIED PROMISES ARE DISCLAIMED.',
+    "reciprocal": "{NAME} IS PROVIDED IN THE HOPE THAT IT WILL BE USEFUL, AND NOBODY PROMISES THAT IT WILL BE.",
+    "commercial": "{NAME} IS PROVIDED UNDER A WARRANTY OF {DAYS} DAYS, WHICH BEGIN WITH THE DATE OF ITS DELIVERY.",
+}
+NAMES = ["THE SOFTWARE"] * 3 + ["THIS SOFTWARE", "THE PROGRAM", "THIS LIBRARY"]
+HOLDERS = ["the authors", "the contributors", "the copyright holders", "the university", "the foundation"]
+GRANTS = [
+    "Copyright {year} {holder}. Anybody may use, copy and change {name} for any purpose, with or without a fee.",
+    "Copyright (c) {year} by {holder}. Permission is granted, free of charge, to run, share and sell {name}.",
+    "{holder} own {name} since {year}. Its source code and its binary form may be passed on to others.",
+]
+TERMS = [
+    "This notice has to be kept in all copies of {name}, or of parts of it that are worth a notice.",
+    "Files that were changed have to say so, and by whom, so that nobody is blamed for the work of others.",
+    "The names of {holder} may not be used to advertise {name} unless they have agreed in writing.",
+    "Whoever passes on {name} passes on all of these rights, and the source code along with them.",
+    "A copy may be installed on {days} machines at a time; more copies need the consent of {holder}.",
+    "If a court finds that a part of this licence does not hold, the rest of it holds all the same.",
+]
+LIABILITIES = [
+    "IN NO EVENT ARE {HOLDER} LIABLE FOR ANY CLAIM OR DAMAGES THAT ARISE FROM THE USE OF {NAME}.",
+    "{HOLDER} ARE NOT LIABLE FOR LOSS OF DATA OR PROFITS, HOWEVER CAUSED, EVEN IF TOLD OF THE RISK.",
+    "THE ENTIRE RISK OF THE USE OF {NAME}, AND THE COST OF ITS REPAIR, IS WITH WHOEVER USES IT.",
+]
+
+
+def write_licences(count: int) -> dict[str, str]:
+    """Return licences, and to which family each belongs."""
+    rng = np.random.default_rng(0)
+    pick = lambda some: some[rng.integers(len(some))]
+    licences = {}
+    for number in range(count):
+        family = list(WARRANTIES)[number % len(WARRANTIES)]
+        terms = [TERMS[place] for place in rng.permutation(len(TERMS))[: rng.integers(1, 4)]]
+        text = " ".join([pick(GRANTS), *terms, WARRANTIES[family], pick(LIABILITIES)])
+        words = {"name": pick(NAMES), "holder": pick(HOLDERS), "days": str(rng.integers(2, 100))}
+        words |= {word.upper(): value.upper() for word, value in words.items()}
+        words["name"] = words["name"].lower()
+        licences[text.format(year=rng.integers(1970, 2025), **words)] = f"{family} licence {number}"
+    return licences
 
 
 def encode(texts: list[str]) -> ij.Batch:
@@ -63,7 +90,7 @@ def encode(texts: list[str]) -> ij.Batch:
     return ij.Batch(x=tokens[:, :-1], y=tokens[:, 1:])
 
 
-licences = find_licences()
+licences = write_licences(args.licences)
 sources = {  # a dict from sequence to licence, so that no sequence occurs twice
     text[start : start + LENGTH + 1]: name
     for text, name in licences.items()
@@ -170,6 +197,10 @@ for title, rows in (("helpful", ranked[:6]), ("harmful", ranked[::-1][:4])):
     for row in rows:
         print(f"   {scores[row]:+7.0f}  {texts[row]}  ({sources[texts[row]]})")
 alike = np.array(["AS IS" in text for text in texts])
+families = [sources[texts[row]].split()[0] for row in (*ranked[:10], *ranked[-10:])]
+for title, found in (("helpful", families[:10]), ("harmful", families[10:])):
+    counts = ", ".join(f"{count} {family}" for family, count in Counter(found).most_common())
+    print(f"The 10 most {title} are from these families: {counts}.")
 print(f'"AS IS" is in {alike[ranked[:10]].sum()} of the 10 most helpful sequences, and in {alike.mean():.0%} of all.')
 
 # %% [markdown]

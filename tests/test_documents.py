@@ -136,13 +136,14 @@ def test_quickstart(tmp_path):
 @pytest.mark.thorough
 def test_transformer(tmp_path):
     picture = tmp_path / "transformer.png"
-    data = ("--sequences", "200", "--letters", "64", "--steps", "200", "--batch", "8")
+    data = ("--sequences", "150", "--steps", "300", "--batch", "8")
     network = ("--width", "32", "--blocks", "1")
     printed = run("examples/transformer.py", *data, *network, "--picture", str(picture))
     assert picture.stat().st_size > 50_000
     assert "Most harmful" in printed
     hits, share = map(int, re.search(r"is in (\d+) of the 10 most helpful sequences, and in (\d+)%", printed).groups())
-    assert hits >= 5 > share / 5, printed  # many times the share among all
+    assert hits >= 7 > share / 2, printed  # many times the share among all
+    assert re.search(r"most helpful are from these families: ([7-9]|10) brief", printed), printed
 
 
 @pytest.mark.thorough
