@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.experimental import sparse
 from small_classifier import BATCH, GGN, INFLUENCE, OBJECTIVE, PARAMS, STACK
 
 import influence_jax as ij
@@ -23,6 +24,19 @@ def loader():
 
 def whole_batch_loss(params, batch):
     return jnp.stack([OBJECTIVE(params, batch), OBJECTIVE(params, batch)])
+
+
+class Centred(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        out = nn.Dense(4)(x)
+        return out - out.mean(0, keepdims=True)
+
+
+def over_the_batch():
+    variables = {"params": {"Dense_0": PARAMS["layer0"]}}
+    objective, _ = ij.from_linen(Centred(), variables, lambda out, z: jnp.sum(out**2))
+    return lambda params, z: objective({"Dense_0": params}, z)
 
 
 INPUTS = [
@@ -87,6 +101,30 @@ INPUTS = [
         lambda: ij.Identity({"w": jnp.ones(2, jnp.complex128)}),
         TypeError,
         ["params", "'w'", "complex"],
+    ),
+    (
+        "masked array as data",
+        lambda: INFLUENCE.influences(BATCH, ij.Batch(np.ma.masked_array(BATCH.x, BATCH.x > 0), BATCH.y)),
+        TypeError,
+        ["train: leaf 'x'", "masked entries", ".filled(0)"],
+    ),
+    (
+        "sparse array as data",
+        lambda: ij.GGN(OBJECTIVE, PARAMS, {"x": sparse.BCOO.fromdense(BATCH.x), "y": BATCH.y}),
+        TypeError,
+        ["data: leaf 'x'", "BCOO", ".todense()"],
+    ),
+    (
+        "batch statistics among parameters",
+        lambda: ij.GGN(OBJECTIVE, {"params": PARAMS, "batch_stats": {"mean": jnp.ones(2)}}, BATCH),
+        TypeError,
+        ["params", "'batch_stats'", "variables['params']", "constants="],
+    ),
+    (
+        "model that computes over its batch",
+        lambda: over_the_batch()(PARAMS["layer0"], jax.tree.map(lambda x: x[0], BATCH)),
+        ValueError,
+        ["module: Centred", "over the batch", "other rows of a batch of 8", "use_running_average=True"],
     ),
     ("no params", lambda: ij.GGN(OBJECTIVE, {}, BATCH), ValueError, ["params", "without leaves"]),
     (
