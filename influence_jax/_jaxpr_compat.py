@@ -25,6 +25,14 @@ def uses(jaxpr: Any, primitive: str) -> bool:
     return any(uses(jaxpr, primitive) for jaxpr in inner)
 
 
+def largest(jaxpr: Any) -> int:
+    """Return how many entries the largest value has that is computed, at any depth."""
+    equations = opened(jaxpr).eqns
+    sizes = [getattr(v.aval, "size", 1) for equation in equations for v in equation.outvars]
+    inner = (jaxpr for equation in equations for value in equation.params.values() for jaxpr in _jaxprs(value))
+    return max([1, *sizes, *map(largest, inner)])
+
+
 def opened(jaxpr: Any) -> Any:
     """The jaxpr itself: up to jax 0.11 a closed one is a pair, since 0.12 there is one class."""
     return getattr(jaxpr, "jaxpr", jaxpr)

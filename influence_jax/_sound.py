@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _reprs, tree
+from ._class_numbers import check_class_numbers
 from ._mesh import compiled
 from ._typing import Array, PyTree
 from ._words import levels_inside
@@ -84,8 +85,11 @@ def find(
     start: int = 0,
     expected: int = 0,
     chunk: int | None = None,
+    name: str = "data",
 ) -> Unsound:
     """Look at the loss of every example of a batch, and at the gradient if that does not explain enough.
+
+    Looks at the class numbers of the examples first.
 
     Args:
       objective: The loss.
@@ -95,7 +99,12 @@ def find(
       start: Place of the first of them in the whole data.
       expected: How many are to be explained.
       chunk: Examples at once; chosen from the sizes if None.
+      name: Of the argument that they are in.
+
+    Raises:
+      ValueError: If class numbers are out of range, as `check_class_numbers`.
     """
+    check_class_numbers(objective, params, batch, name, counted=counted, start=start, chunk=chunk)
     with jax.ensure_compile_time_eval():  # under jit, too, what is concrete is looked at now
         return _find(objective, params, batch, counted, start, expected, chunk)
 
@@ -254,15 +263,19 @@ class Watch:
           batch: Leaves `(N, ...)`.
           start: Place of the first example in the whole data.
           count: How many of the rows are examples; all if None.
+
+        Raises:
+          ValueError: If class numbers are out of range, as `check_class_numbers`.
         """
         rows = tree.count(batch)
         count = rows if count is None else count
-        more = Unsound(examples=count)
+        more, counted = Unsound(examples=count), np.arange(rows) < count
+        losses, params, chunk = self.objective, self.params, self.chunk
+        check_class_numbers(losses, params, batch, self.name, counted=counted, start=start, chunk=chunk)
         if seen.unsound or (seen.flat and self.flat):
-            counted = np.arange(rows) < count
             expected = count if seen.flat else seen.unsound
-            settings = {"start": start, "expected": expected, "chunk": self.chunk}
-            more = find(self.objective, self.params, batch, counted=counted, **settings)
+            with jax.ensure_compile_time_eval():
+                more = _find(losses, params, batch, counted, start, expected, chunk)
         self.flat &= more.flat == count
         self.found = self.found.then(more)
         if self.refuses and more.first is not None:

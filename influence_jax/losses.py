@@ -119,7 +119,9 @@ class CrossEntropy(Loss):
         inside = (labels >= 0) & (labels < classes)
         # What does not count may be anything: neither its logits nor its label are looked at.
         logits = jnp.where(counted[..., None], logits, 0)
-        entries = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted & inside, labels, 0))
+        # Clipped for whoever reads the program: no label is out of range there.
+        labels = jnp.clip(jnp.where(counted & inside, labels, 0), 0, classes - 1)
+        entries = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return self._reduced(entries, counted, wrong | ~inside)
 
 
@@ -207,6 +209,9 @@ def binary_cross_entropy(
     label: str | int = "y", *, mask: str | int | None = None, reduction: str = "sum"
 ) -> BinaryCrossEntropy:
     r"""Sigmoid cross-entropy, $-\sum_t y_t\log\sigma(o_t) + (1 - y_t)\log\sigma(-o_t)$, of logits.
+
+    Labels of -1 and 1 make the loss NaN here, which is told.  `optax.sigmoid_binary_cross_entropy` takes them as
+    numbers, and so in silence.
 
     Args:
       label: The part of the example with the labels, shaped like the logits: booleans, 0 and 1, or probabilities.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _reprs, tree
-from ._one_hot import check_labels
+from ._one_hot import check_bare, check_labels
 from ._pytree import dataclass, set_field, static
 from ._typing import Array, Key, PyTree
 from ._words import ask, name_of
@@ -44,7 +44,8 @@ class Objective:
     Raises:
       TypeError: If `predict` or `loss` is not callable; on a call, if the loss is not a real floating number.
       ValueError: On a call, if the loss is not a scalar, or broadcasts an integer label over the output as if it were
-        one-hot.
+        one-hot.  Wherever losses of data are looked at, if class numbers or tokens are out of range of an array that is
+        read at them, and the loss depends on what is read there.
 
     Example:
       >>> import influence_jax as ij
@@ -180,6 +181,7 @@ class LossOnly:
     def __call__(self, params: PyTree, example: PyTree) -> Array:
         """The loss of one example."""
         given = {"params": whole(params, self.frozen), "example": example}
+        check_bare(self.fn, **given)
         return _scalar(ask("objective", self.fn, given, ONE_EXAMPLE), self.fn)
 
     def __repr__(self) -> str:

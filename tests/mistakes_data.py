@@ -39,6 +39,16 @@ def over_the_batch():
     return lambda params, z: objective({"Dense_0": params}, z)
 
 
+def indexed(out, z):
+    return -jax.nn.log_softmax(out)[z.y]
+
+
+def broadcasting(params, z):
+    return optax.softmax_cross_entropy(helpers.mlp(params, z), z.y.astype(float))
+
+
+INDEXED = ij.Objective(helpers.mlp, indexed)
+
 INPUTS = [
     (
         "loss not scalar",
@@ -286,6 +296,31 @@ EXAMPLES = [
         lambda: ij.invert(GGN_OF(ij.Batch(BATCH.x * np.nan, BATCH.y)), ij.CG(0.1)),
         ValueError,
         ["data: the loss of 9 of 9 examples", "first example 0 (nan)", "labels", "weight of zero"],
+    ),
+    (
+        "class numbers from one",
+        lambda: ij.Influence(INDEXED, PARAMS, ij.Identity(PARAMS)).influences(BATCH, ij.Batch(BATCH.x, BATCH.y + 1)),
+        ValueError,
+        [
+            "train: the numbers of part 'y'",
+            "(3)",
+            "expected 0 to 2",
+            "indexed",
+            "cross_entropy(ignore=...)",
+            "jnp.clip",
+        ],
+    ),
+    (
+        "padding that nobody masks",
+        lambda: ij.ekfac(INDEXED, PARAMS, ij.Batch(BATCH.x, BATCH.y * 0 - 100)),
+        ValueError,
+        ["data: the numbers of part 'y'", "in 9 of 9 examples, the first example 0 (-100)", "mask"],
+    ),
+    (
+        "a class number for a one-hot label in a bare function",
+        lambda: ij.per_example_grads(broadcasting, PARAMS, BATCH),
+        ValueError,
+        ["objective: broadcasting", "integer part 'y'", "(3,) of a softmax", "jax.nn.one_hot"],
     ),
     (
         "arrays in a list for a model that wants a Batch",

@@ -23,6 +23,7 @@ from .fisher import Keyed
 from .kronecker import Kronecker
 from .kronecker_fit import Recipe, corrected, eigenbases, moment_sums, square_sums
 from .labels import check_sample, why_no_softmax
+from .losses import check_classes
 from .masks import Mask, as_masks, check_agreement
 from .parts import example_keys
 
@@ -181,6 +182,7 @@ def check_drawn(op: EmpiricalFisher, recipe: Recipe) -> Array | None:
 
 def _checked_fit(op: EmpiricalFisher, recipe: Recipe, *, eigenvalues: bool) -> Kronecker:
     check_finite(op.params, "params")
+    check_classes(op)
     right = check_drawn(op, recipe)
     curvature, leaks = _fit(op, recipe, eigenvalues)
     if not _finite(curvature):

@@ -17,7 +17,7 @@ from ..curvature import EmpiricalFisher, Kronecker
 from ..curvature.capabilities import wide_dtype
 from ..curvature.kfac import as_recipe, check_drawn, check_fitted, keyed_fisher
 from ..curvature.kronecker_fit import LayerMoments, Recipe, corrected, eigenbases, moment_sums, square_sums
-from ..curvature.losses import unsound
+from ..curvature.losses import check_classes, unsound
 from ..curvature.masks import Mask, check_agreement
 from ..objective import Objective
 from .loaders import Block, Blocks, paced
@@ -164,6 +164,7 @@ class _Fit:
         """Yield the moments of each block, once the first has been looked at, so that no mistake costs a pass."""
         for number, block in enumerate(blocks):
             part = self._fisher(block)
+            check_classes(part, block.start, blocks.name)
             if number == 0:
                 check_drawn(part, self.recipe)
             summed = _moments(part, self.recipe)
@@ -173,7 +174,7 @@ class _Fit:
 
     def _look(self, blocks: Blocks) -> None:
         """Raise if losses are not finite, saying which."""
-        found = reduce(Unsound.then, (unsound(self._fisher(block), block.start) for block in blocks))
+        found = reduce(Unsound.then, (unsound(self._fisher(block), block.start, name=blocks.name) for block in blocks))
         if found.losses:
             raise refusal(found, blocks.name)
 

@@ -22,7 +22,7 @@ from ..curvature.capabilities import check_losses, diagonal, restrict, to_dense,
 from ..curvature.convexity import is_declared_convex
 from ..curvature.exact import GGN, OverData
 from ..curvature.loops import refuse_tracing
-from ..curvature.losses import unsound
+from ..curvature.losses import check_classes, unsound
 from ..curvature.parts import examples_from
 from ..objective import LossOnly, Objective, as_objective
 from .loaders import Blocks, paced
@@ -101,9 +101,13 @@ class Streamed(LinearOperator):
             op = self.on(block.batch, block.start)
             if block.count < tree.count(block.batch) and not all(map(_can_mask, _terms(op))):
                 batch = jax.tree.map(lambda x, count=block.count: x[:count], block.batch)
-                yield self.on(batch, block.start), block.count
+                op = self.on(batch, block.start)
             else:
-                yield _masked(op, block.weights(wide_dtype(self.params))), block.count
+                op = _masked(op, block.weights(wide_dtype(self.params)))
+            if not self.source.sound:
+                for term in (term for term in _terms(op) if isinstance(term, OverData)):
+                    check_classes(term, block.start, self.source.name)
+            yield op, block.count
 
     def on(self, batch: PyTree, start: int) -> LinearOperator:
         """The operator on one batch, whose first example is the loader's at `start`."""
@@ -136,7 +140,9 @@ class Streamed(LinearOperator):
         """
         found, start = Unsound(), 0
         for op, count in self.parts():
-            over_data = [unsound(term, start) for term in _terms(op) if isinstance(term, OverData)]
+            over_data = [
+                unsound(term, start, name=self.source.name) for term in _terms(op) if isinstance(term, OverData)
+            ]
             found = found.then(max(over_data, key=lambda each: each.losses, default=Unsound()))
             start += count
         if found.losses:
