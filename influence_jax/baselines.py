@@ -188,7 +188,9 @@ def tracin(
     items = _as_items(checkpoints, "checkpoints")
     count = _length(items)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), as_batch(train, "train"))
-    _check_one_reading(checkpoints, lambda params: jax.eval_shape(objective, params, one))
+    loss = lambda params: jax.eval_shape(objective, params, one)
+    _check_one_reading(checkpoints, loss)
+    _check_stack(items, checkpoints, learning_rates, loss)
     rates = _as_rates(learning_rates, steps, count)
     given = _constants_of(objective, constants, count)
     held, numbers, first = iter(given), itertools.count(), None
@@ -289,22 +291,45 @@ def _length(items: Iterable[Any]) -> int | None:
 
 
 def _check_one_reading(checkpoints: Any, scores: Callable[[PyTree], Any]) -> None:
-    """Raise if a tuple is a sequence of checkpoints and the stacked leaves of parameters that are a tuple as well."""
-    if not isinstance(checkpoints, tuple) or hasattr(checkpoints, "_fields"):
+    """Raise if a sequence is one of checkpoints and the stacked leaves of parameters that are a sequence as well.
+
+    Of lists those of bare arrays: a list of other trees is one of checkpoints.
+    """
+    bare = isinstance(checkpoints, list) and all(hasattr(item, "dtype") for item in checkpoints)
+    if not (bare or isinstance(checkpoints, tuple)) or hasattr(checkpoints, "_fields"):
         return
     lengths = {jnp.shape(leaf)[:1] if hasattr(leaf, "dtype") else () for leaf in jax.tree.leaves(checkpoints)}
     if len(lengths) != 1 or () in lengths:
         return
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), checkpoints)
-    try:
-        jax.eval_shape(scores, first)
-    except Exception:  # whatever a user's function makes of what it is not meant for
+    if not _is_taken(scores, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), checkpoints)):
         return
+    kind, way = type(checkpoints).__name__, "functions, [lambda one=one: one for one in checkpoints]"
     raise ValueError(
-        f"checkpoints: got a tuple that is read in two ways, as {len(checkpoints)} checkpoints and as the leaves "
-        f"(T, *leaf) of {lengths.pop()[0]}, whose parameters are a tuple; give a list of trees, list(checkpoints) or "
+        f"checkpoints: got a {kind} that is read in two ways, as {len(checkpoints)} checkpoints and as the leaves "
+        f"(T, *leaf) of {lengths.pop()[0]}, whose parameters are a {kind}; give a list of "
+        f"{way if bare else 'trees, list(checkpoints)'}, or "
         "[jax.tree.map(lambda x: x[t], checkpoints) for t in range(T)]"
     )
+
+
+def _is_taken(scores: Callable[[PyTree], Any], params: PyTree) -> bool:
+    """Tell whether a function takes parameters of these shapes."""
+    try:
+        jax.eval_shape(scores, params)
+    except Exception:  # whatever a user's function makes of what it is not meant for
+        return False
+    return True
+
+
+def _check_stack(items: Any, checkpoints: Any, rates: Any, loss: Callable[[PyTree], Any]) -> None:
+    """Raise if one tree, with one learning rate for all, may be the parameters themselves and no stack of some."""
+    if not isinstance(items, _Rows) or callable(rates) or np.ndim(rates) > 0:
+        return
+    if _is_taken(loss, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), checkpoints)):
+        raise ValueError(
+            "checkpoints: got one tree that the objective takes as parameters, expected a list of them or a stack, "
+            f"leaves (T, *leaf); of one checkpoint give [params], of a stack of {len(items)} as many learning rates"
+        )
 
 
 def _as_shares(values: Any, name: str, count: int | None) -> list[float]:

@@ -95,11 +95,43 @@ def batch_size(batch: PyTree, name: str) -> int:
             raise ValueError(f"{name}: leaf '{path}' is a scalar, expected a leading example axis; use x[None] for one")
     lengths = {path: leaf.shape[0] for path, leaf in leaves}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{name}: leaves disagree in length, got {lengths}; all need the same leading example axis")
+        raise ValueError(
+            f"{name}: leaves disagree in length, got {lengths}; all need the same leading example axis; "
+            f"of a single example, give jax.tree.map(lambda a: a[None], {name})"
+        )
     (count,) = set(lengths.values())
     if count == 0:
         raise ValueError(f"{name}: got no examples (leading axis of length 0), expected at least one")
     return count
+
+
+def check_like(batch: PyTree, others: PyTree, name: str, of: str, *, other_kind: bool = False) -> None:
+    """Raise if a batch can only be one example, without its leading axis, of the kind that is in another batch.
+
+    Args:
+      batch: Leaves `(Q, ...)`.
+      others: Leaves `(N, ...)`; of another structure, nothing is compared.
+      name: Of the argument.
+      of: What the others are.
+      other_kind: Whether they may be examples of another kind, so that only what is one of these exactly is refused.
+
+    Raises:
+      ValueError: Naming the leaf and both shapes.
+    """
+    pairs = list(zip(tree.named_leaves(batch), tree.named_leaves(others), strict=False))
+    if jax.tree.structure(batch) != jax.tree.structure(others):
+        return
+    apart = [(path, x.shape, y.shape) for (path, x), (_, y) in pairs if len(x.shape) != len(y.shape)]
+    if other_kind and any(x.shape != y.shape[1:] or x.dtype != y.dtype for (_, x), (_, y) in pairs):
+        return
+    if apart:
+        path, got, expected = apart[0]
+        leaf = f"leaf '{path}'" if path else "the array"
+        raise ValueError(
+            f"{name}: {leaf} has shape {got}, that of {of} {expected}, so that one example of it has shape {got[1:]} "
+            f"there and {expected[1:]} here; expected a leading axis of examples: of a single one, give "
+            f"jax.tree.map(lambda a: a[None], {name})"
+        )
 
 
 def as_dicts(data: PyTree) -> PyTree:

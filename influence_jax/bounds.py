@@ -77,6 +77,7 @@ def score_bounds(
     if lambda_min is not None and not _is_number(lambda_min):
         raise TypeError(f"lambda_min: got {lambda_min!r}, expected a number, or None")
     query, train = as_batch(query, "query"), as_batch(train, "train")
+    influence.check_query(query, train)
     run = _bound_scores if influence.inverse.on_host else _score_bounds
     scores, bounds, info = run(influence, query, train, lambda_min)
     influence.tell([scores], query, train)

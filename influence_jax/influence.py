@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from ._mesh import compiled
 from ._pytree import dataclass, set_field, static
 from ._sound import Seen, Watch, finite_gradients, look, number
 from ._typing import Array, LossFunction, PyTree
-from .batching import as_batch, check_chunk, check_positive, map_chunks
+from .batching import as_batch, check_chunk, check_like, check_positive, map_chunks
 from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
 from .curvature import Identity, LinearOperator, check_losses
+from .curvature.fisher import Keyed
 from .curvature.outputs import require_split
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
@@ -111,6 +112,16 @@ class Influence:
         check_chunk(self.rhs_chunk, "rhs_chunk")
         set_field(self, "_fits", check_inverse(self.inverse, self.params))
 
+    def check_query(self, query: PyTree, train: PyTree = None, of: str = "train") -> None:
+        """Raise if `query` is one example without its leading axis, beside those of `train` or of the curvature.
+
+        `of` says what these are.
+        """
+        if train is None:
+            train, of = examples_of(self.inverse), "the data of the curvature"
+        if train is not None:
+            check_like(query, train, "query", of, other_kind=self.measurement is not None)
+
     def where_fitted(self, values: PyTree) -> PyTree:
         """Return `values` that the inverse had a part in; NaN where, under tracing, it was fitted elsewhere."""
         if self._fits is None:
@@ -150,6 +161,7 @@ class Influence:
           TypeError: If the perturbed part is not floating.
         """
         query, train, mode = as_batch(query, "query"), as_batch(train, "train"), as_mode(mode)
+        self.check_query(query, train)
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
         scores = self._scores(query, train, mode, wrt)
@@ -191,6 +203,7 @@ class Influence:
           Tree like the parameters, leaves `(Q, *leaf)`, float32 or wider.
         """
         query = as_batch(query, "query")
+        self.check_query(query)
         factors = self.factors_untold(query)
         self._tell_factors(factors, query)
         return factors
@@ -309,6 +322,7 @@ class Influence:
           TypeError, ValueError: If `blocks` is not a partition of the parameters.
         """
         query = as_batch(query, "query")
+        self.check_query(query)
         factors = self._factors_by_block(query, blocks)
         self._tell_factors(list(factors.values()), query)
         return factors
@@ -376,6 +390,7 @@ class Influence:
           TypeError, ValueError: As `influences`, or if `blocks` is not a partition of the parameters.
         """
         query, train, mode = as_batch(query, "query"), as_batch(train, "train"), as_mode(mode)
+        self.check_query(query, train)
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
         if blocks is None:
@@ -397,7 +412,9 @@ class Influence:
         Returns:
           `(N,)`.
         """
-        batch = as_batch(batch, "batch")
+        batch, others = as_batch(batch, "batch"), examples_of(self.inverse)
+        if others is not None:
+            check_like(batch, others, "batch", "the data of the curvature")
         values = self.self_influences_untold(batch)
         watch = self.train_watch("batch")
         watch.batch(look(values, 0), batch)
@@ -428,6 +445,7 @@ class Influence:
           ValueError: If the output is not one array `(T, C)`.
         """
         query, train = as_batch(query, "query"), as_batch(train, "train")
+        self.check_query(query, train)
         objective = require_split(as_objective(self.objective), "token_influences")
         check_positions(objective, self.params, train)
         scores = by_position(objective, self.params, self.factors_untold(query), train, self.chunk, self.rhs_chunk)
@@ -456,6 +474,7 @@ class Influence:
           ValueError: If k is not between 1 and N.
         """
         query, train = as_batch(query, "query"), as_batch(train, "train")
+        self.check_query(query, train)
         check_positive(k, "k")
         if k > tree.count(train):
             raise ValueError(f"k: got {k}, expected between 1 and {tree.count(train)}, the number of training examples")
@@ -473,6 +492,15 @@ class Influence:
     def __repr__(self) -> str:
         asked = "" if self.measurement is None else f"measurement={self.measurement!r}"
         return _reprs.call(self, repr(self.objective), repr(self.inverse), asked)
+
+
+def examples_of(op: Any) -> PyTree | None:
+    """Return examples that an operator is made of, None where it holds none."""
+    data = getattr(op, "data", None)
+    if data is not None:
+        return data.example if isinstance(data, Keyed) else data
+    parts = getattr(op, "terms", (op.op,) if hasattr(op, "op") else ())
+    return next((found for part in parts if (found := examples_of(part)) is not None), None)
 
 
 @compiled

@@ -412,3 +412,40 @@ class TestProjected:
             ij.Projected(params, "rademacher", jnp.eye(3))
         with pytest.raises(ValueError, match="params"):
             ij.Projected({"w": jnp.ones(2)}, projection, jnp.eye(DIM))
+
+
+class TestCheckpointsThatAreReadInTwoWays:
+    """One tree of parameters is no stack, and stacked parameters that are a list no list of checkpoints."""
+
+    TRAIN = jnp.arange(1.0, 16.0).reshape(5, 3)
+
+    def scores(self, objective, checkpoints, rates):
+        return ij.baselines.tracin(objective, checkpoints, rates, self.TRAIN[:2], self.TRAIN)
+
+    def test_one_tree(self):
+        for objective, params in (
+            (lambda p, z: jnp.sum((p["w"] * z) ** 2), {"w": jnp.ones(3)}),
+            (lambda p, z: jnp.sum((p * z) ** 2), jnp.ones(3)),
+            (lambda p, z: jnp.mean(jnp.tanh(p["w"] * z + p["b"])), {"w": jnp.ones(3), "b": jnp.zeros(3)}),
+        ):
+            with pytest.raises(
+                ValueError, match=r"checkpoints: got one tree that the objective takes.*give \[params\]"
+            ):
+                self.scores(objective, params, 0.1)
+            stack = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+            listed = [jax.tree.map(lambda x, t=t: x[t], stack) for t in (0, 1)]
+            assert (
+                relative_error(self.scores(objective, stack, [0.1, 0.1]), self.scores(objective, listed, 0.1)) < 1e-12
+            )
+
+    def test_a_stack_of_lists(self):
+        objective = lambda p, z: jnp.sum((p[0] * z) ** 2) + jnp.sum(p[1])
+        stack = [jnp.ones((2, 3)), jnp.ones((2, 4))]
+        with pytest.raises(
+            ValueError, match=r"got a list that is read in two ways, as 2 checkpoints and as the leaves"
+        ):
+            self.scores(objective, stack, 0.1)
+        rows = [jax.tree.map(lambda x, t=t: x[t], stack) for t in (0, 1)]
+        assert self.scores(objective, rows, 0.1).shape == (2, 5)
+        arrays = [jnp.ones(3), jnp.ones(3)]  # parameters that are bare arrays
+        assert self.scores(lambda p, z: jnp.sum((p * z) ** 2), arrays, 0.1).shape == (2, 5)

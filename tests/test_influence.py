@@ -444,3 +444,67 @@ class TestWhereAnInverseWasFitted:
         inverse = ij.invert(ij.GGN(OBJECTIVE, PARAMS, TRAIN), ij.Eigh(0.1))
         at = lambda step: ij.Influence(OBJECTIVE, jax.tree.map(lambda x: x + step, PARAMS), inverse).params
         assert jax.tree.leaves(jax.vmap(at)(jnp.arange(3.0)))[0].shape[0] == 3
+
+
+SCALED, ROW = {"w": jnp.arange(1.0, 4.0)}, {"x": jnp.ones(3), "y": jnp.zeros(3)}
+ROWS = {"x": jnp.arange(15.0).reshape(5, 3), "y": jnp.ones((5, 3))}
+SCALING = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: jnp.sum((out - z["y"]) ** 2))
+
+
+class TestOneExampleWithoutItsAxis:
+    """It is refused, not taken for as many examples as it has entries."""
+
+    def influences(self):
+        fisher = ij.EmpiricalFisher(SCALING, SCALED, ROWS)
+        yield ij.Influence(SCALING, SCALED, ij.invert(fisher, ij.Direct(0.1)))
+        kronecker = ij.ekfac(SCALING, SCALED, ROWS, labels="empirical")
+        yield ij.Influence(SCALING, SCALED, ij.invert(kronecker, ij.Direct(0.1)))
+        measurement = lambda params, z: jnp.sum(params["w"]) * jnp.sum(z["x"])
+        yield ij.Influence(SCALING, SCALED, ij.invert(fisher, ij.CG(0.1)), measurement=measurement)
+
+    def test_beside_the_training_examples(self):
+        words = r"leaf 'x' has shape \(3,\), that of .* \((5|3), 3\).*jax.tree.map\(lambda a: a\[None\], query\)"
+        loader = [jax.tree.map(lambda x: x[:3], ROWS), jax.tree.map(lambda x: x[3:], ROWS)]
+        for influence in self.influences():
+            for call in (
+                lambda i=influence: i.influences(ROW, ROWS),
+                lambda i=influence: i.influences(ROW, ROWS, "perturbation"),
+                lambda i=influence: i.influences_by_block(ROW, ROWS),
+                lambda i=influence: i.top_k(ROW, ROWS, 2),
+                lambda i=influence: ij.baselines.relative(i, ROW, ROWS),
+                lambda i=influence: ij.score_bounds(i, ROW, ROWS),
+                lambda i=influence: ij.stream.scores(i, ROW, loader, progress=False),
+                lambda i=influence: ij.stream.top_k(i, ROW, loader, 2, progress=False),
+            ):
+                with pytest.raises(ValueError, match=words):
+                    call()
+        with pytest.raises(ValueError, match=words):
+            ij.baselines.tracin(SCALING, [SCALED], [1.0], ROW, ROWS)
+
+    def test_beside_the_data_of_the_curvature(self):
+        """Alone, it is compared with what the inverse was made of, inside of sums as well, if that is known."""
+        whole, unknown, _ = self.influences()
+        mixed = dataclasses.replace(whole, inverse=0.5 * whole.inverse + ij.Identity(SCALED))
+        for influence in (whole, mixed):
+            for method in ("influence_factors", "influence_factors_by_block", "self_influences"):
+                with pytest.raises(ValueError, match=r"leaf 'x' has shape \(3,\), that of the data of the curvature"):
+                    getattr(influence, method)(ROW)
+        with pytest.raises(ValueError, match="that of the data of the curvature"):
+            ij.stream.influence_factors(whole, ROW, progress=False)
+        assert unknown.influence_factors(ROW)["w"].shape == (3, 3)
+
+    def test_other_examples_pass(self):
+        """Of another length, of another structure; of a measurement also those of another rank."""
+        whole, _, measured = self.influences()
+        assert whole.influences(jax.tree.map(lambda a: a[None], ROW), ROWS).shape == (1, 5)
+        sums = ij.Objective(lambda p, z: jnp.sum(p["w"]) * z["x"], lambda out, z: jnp.sum((out - z["y"]) ** 2))
+        any_length = ij.Influence(sums, SCALED, ij.Identity(SCALED))
+        assert any_length.influences({"x": jnp.ones((2, 7)), "y": jnp.ones((2, 7))}, ROWS).shape == (2, 5)
+        scalars = {"x": jnp.arange(4.0), "y": jnp.zeros(4)}
+        assert measured.influences(scalars, ROWS).shape == (4, 5)
+        assert measured.influences({"x": jnp.ones((2, 3))}, ROWS).shape == (2, 5)
+
+    def test_a_label_that_is_no_array_of_examples(self):
+        one = {"x": jnp.ones(3), "y": jnp.zeros(2)}
+        with pytest.raises(ValueError, match=r"disagree in length.*jax.tree.map\(lambda a: a\[None\], query\)"):
+            ij.Influence(SCALING, SCALED, ij.Identity(SCALED)).influences(one, ROWS)

@@ -177,7 +177,8 @@ def test_other_axes_of_the_same_length_are_refused(axis):
     with pytest.raises(ValueError, match=rf"mask: \['{wrong}'\] .*mask=\{{'{right}'"):
         ij.kfac(objective, params, SQUARE, labels="empirical", mask=mask)
     fitted = ij.kfac(objective, params, SQUARE, labels="empirical", mask={right: mask})
-    plain = ij.kfac(objective, params, SQUARE, labels="empirical")
+    with pytest.warns(UserWarning, match=f"mask: none was given, but the loss masks positions of '{right}', first"):
+        plain = ij.kfac(objective, params, SQUARE, labels="empirical")
     assert relative_error(block(fitted, wrong), block(plain, wrong)) < 1e-14
     inputs = jax.vmap(lambda z: predict({**params, right: jnp.eye(T)}, z))(SQUARE)
     outputs = jax.vmap(lambda z: predict(params, z))(SQUARE)

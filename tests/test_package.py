@@ -61,6 +61,7 @@ LAYERS = [
         "curvature.assembled",
         "curvature.kronecker",
         "curvature.kronecker_fit",
+        "curvature.unmasked",
         "curvature.kfac",
         "curvature",
     ],

@@ -153,7 +153,10 @@ class TestStores:
         factors = influence().influence_factors(query)
         grads = ij.per_example_grads(OBJECTIVE, params, data)
         expected = np.asarray(projection.project(factors)) @ np.asarray(projection.project(grads)).T
-        assert relative_error(store.scores(factors, projection), expected) < 1e-10
+        assert relative_error(store.scores(factors, projection, params=params), expected) < 1e-10
+        trained_on = jax.tree.map(lambda x: x * 1.001, params)
+        with pytest.raises(ValueError, match="holds gradients at other parameters"):
+            store.scores(factors, projection, params=trained_on)
 
     @pytest.mark.thorough
     def test_kills(self):

@@ -61,10 +61,11 @@ def layer_factors(
     batch: PyTree,
     cotangents: Callable[[PyTree, PyTree], PyTree],
     loss: Callable[[PyTree, PyTree], Array],
+    noise: Array | None = None,
 ) -> list[LayerFactors]:
     """Run a batch, leaves `(B, ...)`, and pull back `cotangents(output, example)`, leaves `(K, *output)`.
 
-    Where `loss(output, example)` is not finite, what is pulled back is NaN.
+    Where `loss(output, example)` is not finite, what is pulled back is NaN.  `noise` as in `capture`.
     """
     needed = {layer.kernel for layer in layers if layer.of_entries} | {
         name for layer in layers if layer.live for name in layer.names
@@ -72,7 +73,7 @@ def layer_factors(
     shapes = dict(zip(plan.names, plan.shapes, strict=True))
 
     def one(example: PyTree, params: PyTree) -> tuple[list[Array], list[Array], dict[str, Array]]:
-        captured = capture(plan, params, example)
+        captured = capture(plan, params, example, noise)
         outputs, live = jax.vmap(captured.pull)(cotangents(captured.output, example))
         found = {plan.names[index]: gradient for index, gradient in live.items()}
         count = tree.count(outputs) if outputs else tree.count(live) if live else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +33,11 @@ class Captured(NamedTuple):
     pull: Callable[[PyTree], tuple[list[Array], dict[int, Array]]]
 
 
-def capture(plan: Plan, params: PyTree, example: PyTree) -> Captured:
-    """Run the function on one example, so that the gradient of a used leaf is `sum_t input_t cotangent_t^T`."""
+def capture(plan: Plan, params: PyTree, example: PyTree, noise: Array | None = None) -> Captured:
+    """Run the function on one example, so that the gradient of a used leaf is `sum_t input_t cotangent_t^T`.
+
+    With `noise`, a number, others that it starts are added to the outputs of the uses.
+    """
     leaves, parts = jax.tree.leaves(params), [jnp.asarray(x) for x in jax.tree.leaves(example)]
     unused = [None] * len(parts)
 
@@ -42,7 +46,7 @@ def capture(plan: Plan, params: PyTree, example: PyTree) -> Captured:
         out, again, inputs = _run(plan.node, plan.constants, [*leaves, *parts], [*moving, *unused], probes)
         return jax.tree.structure(plan.output).unflatten(_moved(out, again)), inputs
 
-    probes = {index: jnp.zeros(use.loops + use.output.shape, use.output.dtype) for index, use in enumerate(plan.uses)}
+    probes = {index: _probe(use, noise) for index, use in enumerate(plan.uses)}
     output, pullback, inputs = jax.vjp(run, probes, {index: leaves[index] for index in plan.live}, has_aux=True)
 
     def pull(cotangent: PyTree) -> tuple[list[Array], dict[int, Array]]:
@@ -54,6 +58,14 @@ def capture(plan: Plan, params: PyTree, example: PyTree) -> Captured:
         return [tree.promote(d) for d in arranged], tree.promote(live)
 
     return Captured(output, [_input(use, inputs[index]) for index, use in enumerate(plan.uses)], pull)
+
+
+def _probe(use: Use, noise: Array | None) -> Array:
+    """Return what is added to the output of a use: nothing, or numbers between -1 and 1 that look like noise."""
+    shape, dtype = use.loops + use.output.shape, use.output.dtype
+    if noise is None:
+        return jnp.zeros(shape, dtype)
+    return jnp.cos(noise * jnp.arange(1, 1 + math.prod(shape), dtype=noise.dtype)).astype(dtype).reshape(shape)
 
 
 def _input(use: Use, x: Array) -> Array:

@@ -164,7 +164,7 @@ class GGN(OverData):
       chunk: Examples per chunk; at most 256 for each device if None.
       rhs_chunk: Stacked vectors multiplied at once; four on CPU if None.
       convex: Whether the loss is convex in the output at all examples; None if it has not been looked at.  Set by the
-        library; static.
+        library, in `invert`; a copy of that operator at other parameters or data is to be given None again.  Static.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, or the objective is a bare function.

@@ -26,6 +26,7 @@ from .labels import check_sample, why_no_softmax
 from .losses import check_classes
 from .masks import Mask, as_masks, check_agreement
 from .parts import example_keys
+from .unmasked import warn_of_padding
 
 LABELS = ("exact", "sampled", "empirical")
 
@@ -60,7 +61,8 @@ def kfac(
         `"sampled"`: labels drawn from the model, one per example and position, by the objective's `sample` for larger
         outputs.  `"empirical"`: those of the data.
       key: For `"sampled"`.
-      mask: Which positions count; padding does not.  A mapping from prefixes of parameter names (`""` for all) to
+      mask: Which positions count; padding does not, and where none is given for a loss that masks some, a warning says
+        so.  A mapping from prefixes of parameter names (`""` for all) to
         functions `mask(example) -> (T,)`: of the layers named, and of no others, exactly those positions count.  Or
         one such function, for all layers with T positions; it is refused if the loss of any example depends on a
         position that it leaves out of one of these layers, because then they are positions of something else, or
@@ -184,11 +186,12 @@ def _checked_fit(op: EmpiricalFisher, recipe: Recipe, *, eigenvalues: bool) -> K
     check_finite(op.params, "params")
     check_classes(op)
     right = check_drawn(op, recipe)
-    curvature, leaks = _fit(op, recipe, eigenvalues)
+    curvature, leaks, silence = _fit(op, recipe, eigenvalues)
     if not _finite(curvature):
         check_losses(op)
     curvature = _agreeing(curvature, leaks, right)
     check_fitted(curvature, recipe, op)
+    warn_of_padding(op, recipe, [x.layer for x in curvature.layers], silence)
     return curvature
 
 
@@ -236,9 +239,11 @@ def _why_not(recipe: Recipe, op: EmpiricalFisher) -> str:
 
 
 @partial(compiled, static_argnames=("recipe", "eigenvalues"))
-def _fit(op: EmpiricalFisher, recipe: Recipe, eigenvalues: bool) -> tuple[Kronecker, list[Array | None]]:
-    """One pass for the moments of all layers, eigenvectors, and one more for what is along them; and their leaks."""
+def _fit(
+    op: EmpiricalFisher, recipe: Recipe, eigenvalues: bool
+) -> tuple[Kronecker, list[Array | None], list[list[Array | None]]]:
+    """One pass for the moments of all layers, eigenvectors, and one more for what is along them; leaks, and silence."""
     summed = moment_sums(op, recipe)
     fitted = eigenbases(op.params, summed)
     fitted = corrected(fitted, *square_sums(op, recipe, fitted)) if eigenvalues else fitted
-    return fitted, [x.leaks for x in summed]
+    return fitted, [x.leaks for x in summed], [x.silence for x in summed]

@@ -18,6 +18,7 @@ from .._pytree import dataclass, static
 from .._typing import Array, PyTree
 from ..batching import chunk_in_cache
 from ..capture import (
+    Factors,
     Layer,
     LayerFactors,
     arrange,
@@ -33,7 +34,7 @@ from .capabilities import symmetric
 from .exact import EmpiricalFisher, divide, sum_over_data
 from .fisher import Keyed, drawn_cotangents, vector_square_root
 from .kronecker import Kronecker, KroneckerLayer
-from .masks import Mask, Named, counted, disagreeing, kept, of_layers
+from .masks import Mask, Named, counted, disagreeing, kept, of_layers, silence, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +61,13 @@ class LayerMoments:
       sums: As `capture.moments` gives them.
       leaks: In how many examples the loss depends on positions that a mask leaves out; None if nothing was to be
         looked at.
+      silence: Without a mask, of each use that has positions, what `masks.silence` says of them.
     """
 
     layer: Layer = static()
     sums: dict[str, tuple[Array, Array, Array]]
     leaks: Array | None
+    silence: list[Array | None]
 
 
 class _Captured:
@@ -83,11 +86,26 @@ class _Captured:
         held = (held_entries(self.plan, layer, cotangents=columns, whole=whole) for layer in self.layers)
         return chunk_in_cache(sum(held))
 
-    def factors(self, batch: Keyed) -> list[tuple[Layer, LayerFactors, list[Array | None]]]:
+    def factors(self, batch: Keyed, noise: Array | None = None) -> list[tuple[Layer, LayerFactors, list[Array | None]]]:
         """Every layer, inputs and output cotangents of its uses, and which of their positions count."""
         pull = lambda out, z: _cotangents(self.objective, self.recipe, out, z)
-        found = layer_factors(self.plan, self.layers, self.params, batch, pull, partial(_loss, self.objective))
+        found = layer_factors(self.plan, self.layers, self.params, batch, pull, partial(_loss, self.objective), noise)
         return list(zip(self.layers, found, counted(self.masks, batch.example), strict=True))
+
+
+def heard_at(op: EmpiricalFisher, recipe: Recipe, noise: Array) -> list[list[Array | None]]:
+    """Tell at which positions of each use the loss has a gradient, `(B, T)`, if noise is added to all outputs of uses.
+
+    What a mask leaves out has none whatever the model computes, unlike what a ReLU or a maximum leaves out.
+    """
+    model = _Captured(op, dataclasses.replace(recipe, labels="empirical"))
+
+    def of_use(use: Factors) -> Array | None:
+        size = sizes(use)
+        return None if use.positions == 1 else jnp.isfinite(size) & (size != 0)
+
+    found = model.factors(op.data, noise)
+    return [[] if layer.of_entries else [of_use(use) for use in factors.uses] for layer, factors, _ in found]
 
 
 def moment_sums(op: EmpiricalFisher, recipe: Recipe) -> list[LayerMoments]:
@@ -98,7 +116,10 @@ def moment_sums(op: EmpiricalFisher, recipe: Recipe) -> list[LayerMoments]:
         def of_layer(layer: Layer, factors: LayerFactors, counts: Sequence[Array | None]) -> LayerMoments:
             sums = moments(layer, kept(factors, counts), weights, counts)
             named = isinstance(recipe.mask, Named)  # and so taken at its word
-            return LayerMoments(layer, sums, None if named else disagreeing(factors, counts, weights))
+            leaks = None if named else disagreeing(factors, counts, weights)
+            looked_at = recipe.mask is None and not layer.of_entries
+            heard = [silence(use, weights) for use in factors.uses] if looked_at else []
+            return LayerMoments(layer, sums, leaks, heard)
 
         return [of_layer(*each) for each in model.factors(batch)]
 

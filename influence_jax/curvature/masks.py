@@ -196,10 +196,29 @@ def disagreeing(factors: LayerFactors, counts: Sequence[Array | None], weights: 
     leaks = jnp.zeros(len(weights), bool)
     for use, use_counts in zip(factors.uses, counts, strict=True):
         if use_counts is not None:
-            size = tree.promote(jnp.max(jnp.abs(use.outputs), axis=(1, 2, 4)))  # (B, T)
+            size = sizes(use)
             left_out = jnp.max(jnp.where(use_counts, 0, size), axis=1)
             leaks |= left_out > jnp.finfo(size.dtype).eps ** 0.5 * jnp.max(size, axis=1)
     return jnp.sum(jnp.where(leaks & (weights != 0), 1.0, 0.0).astype(weights.dtype))
+
+
+def sizes(use: Factors) -> Array:
+    """Return the largest entry of the cotangents at each position, `(B, T)`."""
+    return tree.promote(jnp.max(jnp.abs(use.outputs), axis=(1, 2, 4)))
+
+
+def silence(use: Factors, weights: Array) -> Array | None:
+    """Return at how many examples each position has no gradient, and has one, `(2, T)`; None without such an axis.
+
+    Of examples that have a gradient at some position, up to rounding.
+    """
+    if use.positions == 1:
+        return None
+    size = sizes(use)
+    largest = jnp.max(size, axis=1, keepdims=True)
+    heard = size > 100 * jnp.finfo(size.dtype).eps * largest
+    counted = ((weights != 0)[:, None] & (largest > 0)).astype(weights.dtype)
+    return jnp.stack([jnp.sum(jnp.where(heard, 0, counted), axis=0), jnp.sum(jnp.where(heard, counted, 0), axis=0)])
 
 
 def check_agreement(layers: Sequence[Layer], leaks: Sequence[Array | None]) -> None:

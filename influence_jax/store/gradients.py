@@ -198,7 +198,8 @@ class GradientStore(GrowingStore):
         Args:
           vectors: Leaves `(Q, *leaf)`; without a projection, projected ones `(Q, dim)`.
           projection: The one that the store was made with.
-          params: The parameters at which the vectors were computed; checked if given.
+          params: The parameters at which the vectors were computed, which vectors do not tell by themselves: give them,
+            and others than those of the store are refused.
 
         Returns:
           NumPy array `(Q, N)`, float32 or wider; gradients are read chunk by chunk.

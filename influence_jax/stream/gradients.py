@@ -36,8 +36,8 @@ def gradients(
 ) -> GradientStore:
     r"""Projected gradient $R^\top\nabla\ell_i$ of every example of a loader, kept for queries to come.
 
-    The same call continues where it was interrupted.  `sink.scores(factors, projection)` then scores any queries in
-    one pass over the disk, without the model or the data.
+    The same call continues where it was interrupted.  `sink.scores(factors, projection, params=params)` then scores
+    any queries in one pass over the disk, without the model or the data.
 
     Args:
       objective: Loss of one example.

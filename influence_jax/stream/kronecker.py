@@ -19,6 +19,7 @@ from ..curvature.kfac import as_recipe, check_drawn, check_fitted, keyed_fisher
 from ..curvature.kronecker_fit import LayerMoments, Recipe, corrected, eigenbases, moment_sums, square_sums
 from ..curvature.losses import check_classes, unsound
 from ..curvature.masks import Mask, check_agreement
+from ..curvature.unmasked import warn_of_padding
 from ..objective import Objective
 from .loaders import Block, Blocks, paced
 
@@ -170,6 +171,7 @@ class _Fit:
             summed = _moments(part, self.recipe)
             if number == 0:
                 _check_mask(summed)
+                warn_of_padding(part, self.recipe, [x.layer for x in summed], [x.silence for x in summed])
             yield summed
 
     def _look(self, blocks: Blocks) -> None:

@@ -96,6 +96,7 @@ def scores(
     _check_influence(influence)
     queries, count = _queries(query)
     blocks = Blocks(loader, "loader", batch_size, sharding, "scores" if progress else None)
+    influence.check_query(queries[0].batch, blocks.head(), "loader")
     with together(), _table(sink, "scores", influence, queries, count, blocks) as (table, influence):
         losses, watches = _without_inverse(influence), _watches(influence, kept=sink is not None)
         for row, block in enumerate(queries):
@@ -132,6 +133,7 @@ def influence_factors(influence: Influence, query: Any, progress: bool = True) -
     """
     _check_influence(influence)
     blocks = Blocks(query, "query", bar="factors" if progress else None)
+    influence.check_query(blocks.head())
     watch = influence.query_watch("factors")
     parts = [jax.tree.map(lambda x, n=block.count: x[:n], _solved(influence, block, watch)) for block in blocks]
     watch.warn()
@@ -248,6 +250,7 @@ def top_k(
     check_positive(k, "k")
     queries, _ = _queries(query)
     blocks = Blocks(loader, "loader", batch_size, sharding, f"top {k}" if progress else None)
+    influence.check_query(queries[0].batch, blocks.head(), "loader")
     if blocks.examples is not None:
         _check_k(k, blocks.examples)
     found: list[Any] = []
