@@ -7,6 +7,7 @@ computed once more to say which they are.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -294,6 +295,43 @@ class Watch:
         else:
             return
         warnings.warn(message, LossWarning, stacklevel=levels_inside())
+
+
+def warn_of_overflow(scores: Sequence[PyTree]) -> None:
+    """Warn of scores, leaves `(Q, N, ...)`, that are not finite though others of the same query and example are.
+
+    A loss that is not finite, or a solve that failed, spoils all scores of an example or a query: what is left is
+    beyond the range of its dtype.
+    """
+    leaves = jax.tree.leaves(scores)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return
+    if all(not isinstance(leaf, jax.Array) or readable_in_place(leaf) for leaf in leaves):
+        count, query, example = (x.item() for x in _overflown(np, [np.asarray(leaf) for leaf in leaves]))
+    else:
+        with jax.ensure_compile_time_eval():
+            count, query, example = (x.item() for x in _overflown_on_device(leaves))
+    if count:
+        dtype = leaves[0].dtype
+        warnings.warn(
+            f"scores: {count:,} are NaN or infinite though all losses and gradients behind them are finite, first that "
+            f"of example {example} on query {query}: they are beyond the range of {dtype}; scale the loss or the data "
+            "down, or compute in 64-bit mode",
+            LossWarning,
+            stacklevel=levels_inside(),
+        )
+
+
+def _overflown(numpy: Any, leaves: list[Any]) -> tuple[Any, Any, Any]:
+    """Count pairs without finite scores whose query and example have others, and find the first."""
+    finite = [numpy.all(numpy.isfinite(x).reshape(*x.shape[:2], -1), axis=2) for x in leaves]
+    sound = numpy.all(numpy.stack(finite), axis=0)
+    alone = ~sound & numpy.any(sound, axis=1, keepdims=True) & numpy.any(sound, axis=0, keepdims=True)
+    first = numpy.argmax(alone.reshape(-1))
+    return numpy.sum(alone), first // alone.shape[1], first % alone.shape[1]
+
+
+_overflown_on_device = compiled(partial(_overflown, jnp))
 
 
 def refusal(found: Unsound, name: str, noun: str = "loss") -> ValueError:

@@ -20,12 +20,13 @@ from . import _reprs, tree
 from ._memory import explain_memory_errors
 from ._mesh import compiled
 from ._pytree import dataclass, set_field, static
-from ._sound import Seen, Watch, finite_gradients, look, number
+from ._sound import Seen, Watch, finite_gradients, look, number, warn_of_overflow
 from ._typing import Array, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_like, check_positive, map_chunks
 from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
 from .curvature import Identity, LinearOperator, check_losses
 from .curvature.fisher import Keyed
+from .curvature.losses import check_products
 from .curvature.outputs import require_split
 from .gradients import _per_example_grads, check_wrt
 from .objective import LossOnly, Objective, as_objective, on_block
@@ -183,6 +184,7 @@ class Influence:
             if batch is not None:
                 watch.batch(look(scores, axis), batch)
                 watch.warn()
+        warn_of_overflow(scores)
 
     def query_watch(self, made: str = "scores", name: str = "query") -> Watch:
         """Watch what is asked of queries, the argument `name`; `made` says what comes of it."""
@@ -549,6 +551,7 @@ def report_sound(
     info = info._replace(converged=info.converged | ~sound)
     if isinstance(inverse, Inverse) and not all_converged(info) and is_nan(info):
         check_losses(inverse.op, gradients=True)  # no knob of a solver would help
+        check_products(inverse.op)
     report(info, inverse, throw)
 
 

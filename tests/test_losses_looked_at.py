@@ -311,6 +311,31 @@ def test_stores_refuse_by_name(tmp_path):
         ij.stream.gradients(SOFTMAX, MATRIX, data, projection, sink, progress=False, batch_size=5)
 
 
+@pytest.mark.parametrize("operator", [ij.GGN, ij.Hessian])
+def test_a_second_derivative_that_is_infinite_names_its_example(operator):
+    """Loss and gradient of |x|^1.5 at zero are zero; its curvature there has no place in a mean."""
+    objective = ij.Objective(lambda p, z: (z.x @ p["w"])[None], lambda out, z: jnp.sum(jnp.abs(out) ** 1.5))
+    data = ij.Batch(np.where(np.arange(N)[:, None] == 5, 0.0, X), Y)
+    with pytest.raises(ValueError, match=r"second derivative of the loss of 1 of 14 examples .* first example 5"):
+        ij.Influence(objective, VECTOR, ij.invert(operator(objective, VECTOR, data), ij.BlockCG(DAMPING))).influences(
+            rows(data, [0]), data
+        )
+    weighted = operator(objective, VECTOR, data, weights=np.where(np.arange(N) == 5, 0.0, 1.0))
+    scores = ij.Influence(objective, VECTOR, ij.invert(weighted, ij.BlockCG(DAMPING))).influences(data, rows(data, [0]))
+    assert np.isfinite(scores).all()
+
+
+def test_scores_beyond_the_range_of_their_dtype_are_told():
+    """The losses and the gradients are in range, their products are not."""
+    params, data = {"w": jnp.ones(3, jnp.float32)}, jnp.asarray([[1.0, 1, 1], [1e30, 1, 1], [2, 2, 2]], jnp.float32)
+    influence = ij.Influence(lambda p, z: jnp.sum(p["w"] * z), params, ij.Identity(params))
+    with pytest.warns(ij.LossWarning, match=r"scores: 1 are NaN .* example 1 on query 1: .* range of float32"):
+        scores = influence.influences(data, data)
+    assert np.isfinite(scores).sum() == 8
+    with pytest.warns(ij.LossWarning, match="range of float32"):
+        influence.influences_by_block(data, data, blocks=ij.full)
+
+
 def test_rows_beyond_a_ragged_end_are_not_counted():
     """The last example is bad, and copied to fill up the last block."""
     data = ij.Batch(X, np.where(np.arange(N) == N - 1, -1 - C, Y))
