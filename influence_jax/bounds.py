@@ -25,7 +25,7 @@ from .gradients import _per_example_grads, grads_of_chunk
 from .influence import Influence
 from .objective import as_objective, floating_output
 from .solvers import Info, Inverse
-from .solvers.damping import damped_product
+from .solvers.damping import damped_product, every_value
 
 
 def score_bounds(
@@ -50,7 +50,7 @@ def score_bounds(
       positive; and the Info of the solves, `(Q,)`.
 
     Raises:
-      TypeError: If the inverse is no `Inverse`, its solver does not tell its damping, or `lambda_min` is no number.
+      TypeError: If the inverse is no `Inverse`, or `lambda_min` is no number.
 
     Example:
       >>> import influence_jax as ij
@@ -69,11 +69,6 @@ def score_bounds(
         raise TypeError(
             f"influence: its inverse is {influence.inverse!r}, expected an Inverse, made by invert(operator, solver)"
         )
-    for name, part in influence.inverse.by_block.items():
-        if not hasattr(part.state, "damping"):
-            raise TypeError(
-                f"influence: {part.solver!r} (block '{name}') does not tell its damping, so nothing is known"
-            )
     if lambda_min is not None and not _is_number(lambda_min):
         raise TypeError(f"lambda_min: got {lambda_min!r}, expected a number, or None")
     query, train = as_batch(query, "query"), as_batch(train, "train")
@@ -154,12 +149,11 @@ def _part(stack: PyTree, part: Inverse) -> PyTree:
 
 def _reach(part: Inverse, grads: PyTree, factors: PyTree, lambda_min: float | Array | None) -> Array:
     """Length of the residual over the smallest damped eigenvalue, `(Q,)`."""
-    damping = part.state.damping
     norm = tree.norms(grads)
     grads, factors = (tree.scale_rows(1 / jnp.where(norm > 0, norm, 1), rows) for rows in (grads, factors))
     if not part.op.at_hand:
         return jnp.full_like(norm, jnp.inf)
-    residual = norm * tree.norms(tree.subtract(grads, damped_product(part.op, damping, factors)))
+    residual = norm * tree.norms(tree.subtract(grads, damped_product(part.op, part.damping, factors)))
     lowest = lower_bound(part.op) if lambda_min is None else lambda_min
-    smallest = jnp.asarray(lowest, residual.dtype) + damping.astype(residual.dtype)
+    smallest = jnp.asarray(lowest, residual.dtype) + jnp.min(every_value(part.damping)).astype(residual.dtype)
     return jnp.where(smallest > 0, residual / jnp.where(smallest > 0, smallest, 1), jnp.inf)

@@ -162,10 +162,16 @@ BLOCKS = [
         ["damping", "block 'a'", "absolute"],
     ),
     (
-        "Cholesky at another damping in a block",
-        lambda: ij.invert(GGN, ij.Blockwise(ij.Direct(0.1))).with_damping(0.2),
+        "damping for blocks that are not there, later",
+        lambda: ij.invert(GGN, ij.Blockwise(ij.Direct(0.1))).with_damping({"layer0": 0.2, "layer9": 0.1}),
         ValueError,
-        ["damping", "Eigh", "block 'layer0'"],
+        ["damping", "layer9", "layer1"],
+    ),
+    (
+        "damping for some parameters only",
+        lambda: ij.invert(GGN, ij.CG({"layer0": 0.1})),
+        ValueError,
+        ["damping", "['layer0']", "every leaf once", "layer1/kernel"],
     ),
     ("number as a key", lambda: ij.invert(GGN, ij.CG(0.1), key=0), TypeError, ["key", "0", "jax.random.key"]),
     (

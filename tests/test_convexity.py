@@ -159,7 +159,7 @@ class TestSolvers:
         objective, at = ij.Objective(predict, loss), params(outputs)
         op = ij.GGN(objective, at, DATA)
         inverse = ij.invert(op, ij.Direct(1e-2))
-        assert hasattr(inverse.state, "factor")
+        assert hasattr(inverse.fit, "factor")
         assert relative_error(ij.invert(op, ij.SampleSpace(1e-2)).mv(at)["w"], inverse.mv(at)["w"]) < 1e-9
 
     def test_bounds(self):

@@ -174,10 +174,7 @@ class TestTopK:
 class Halved(ij.Solver):
     """Half of what it is given, which never converges; says nothing of its own about that."""
 
-    def init(self, op, *, key=None):
-        return None
-
-    def apply_many(self, state, V):
+    def solve(self, op, damping, fit, V):
         rows = jnp.ones(jax.tree.leaves(V)[0].shape[0])
         return jax.tree.map(lambda v: v / 2, V), ij.Info(jnp.int32(rows), rows, rows < 0)
 
@@ -386,7 +383,7 @@ class TestTransformations:
         query, train = ij.Batch(QUERY.x + 1.0, QUERY.y), ij.Batch(TRAIN.x - 1.0, TRAIN.y)
         jax.block_until_ready((moved, query, train))
         operator = dataclasses.replace(INVERSE.op, params=moved)
-        inverse = dataclasses.replace(INVERSE, op=operator, state=INVERSE.state._replace(op=operator))
+        inverse = dataclasses.replace(INVERSE, op=operator)
         with compilations() as names:
             everything(dataclasses.replace(influence, params=moved, inverse=inverse), query, train)
         assert names == []

@@ -191,7 +191,7 @@ class TestLowRank:
         """Sixty steps on 100 eigenvalues over four decades find the ten largest to 1e-6."""
         values = 10 ** np.linspace(-2, 2, 100)
         op, _ = from_spectrum(values)
-        pairs = ij.invert(op, ij.Arnoldi(1.0, rank=10, steps=60), key=KEY).state.pairs
+        pairs = ij.invert(op, ij.Arnoldi(1.0, rank=10, steps=60), key=KEY).fit.pairs
         assert np.max(np.abs(np.sort(pairs.values)[::-1] / values[::-1][:10] - 1)) < 1e-6
 
     @pytest.mark.parametrize("solver", [partial(ij.Arnoldi, steps=100), ij.Nystrom])
@@ -210,7 +210,7 @@ class TestLowRank:
         """The Krylov space of a multiple of the identity is one vector; all of it is found all the same."""
         op = ij.Diagonal({"w": jnp.array([2.0, 2.0, 2.0, 5.0, 5.0, 0.0])})
         inverse = ij.invert(op, ij.Arnoldi(1.0, rank=6), key=KEY)
-        assert relative_error(np.sort(inverse.state.pairs.values), [0, 2, 2, 2, 5, 5]) < 1e-12
+        assert relative_error(np.sort(inverse.fit.pairs.values), [0, 2, 2, 2, 5, 5]) < 1e-12
         assert relative_error(ij.to_dense(inverse), jnp.diag(1 / jnp.array([3.0, 3, 3, 6, 6, 1]))) < 1e-12
 
     def test_missed_copies_of_an_eigenvalue_are_reported(self):
@@ -221,7 +221,7 @@ class TestLowRank:
         assert not ij.invert(op, ij.Arnoldi(0.1, rank=10), key=KEY).solve(rhs)[1].converged
         sketched = ij.invert(op, ij.Nystrom(0.1, rank=40), key=KEY)
         assert bool(sketched.solve(rhs)[1].converged)
-        assert np.sort(sketched.state.pairs.values)[-10] > 3.0
+        assert np.sort(sketched.fit.pairs.values)[-10] > 3.0
 
     def test_nothing_is_found_of_nothing(self):
         op = ij.Diagonal({"w": jnp.zeros(5)})
@@ -272,7 +272,7 @@ class TestJacobi:
             assert jnp.all(jnp.isfinite(dense))
 
     def test_hutchinson(self):
-        exactly, estimate = (ij.invert(GGN, ij.Jacobi(0.0, probes=p), key=KEY).state.entries for p in (None, 2000))
+        exactly, estimate = (ij.invert(GGN, ij.Jacobi(0.0, probes=p), key=KEY).fit for p in (None, 2000))
         assert relative_error(flat(estimate), flat(exactly)) < 0.1
 
 

@@ -107,7 +107,7 @@ class TestInfluence:
         op = ij.ekfac(case.objective, case.params, case.data)
         inverse = ij.invert(op, ij.Direct(ij.RelativeDamping(0.1)))
         for part, layer in zip(inverse.by_block.values(), op.layers, strict=True):
-            assert float(part.state.damping) == pytest.approx(0.1 * float(jnp.mean(layer.values)), rel=1e-12)
+            assert float(part.damping) == pytest.approx(0.1 * float(jnp.mean(layer.values)), rel=1e-12)
 
     def test_relative_damping_of_a_leaf_without_effect(self):
         """It takes the mean of all, and the others' scores are as if it were not there."""

@@ -91,10 +91,10 @@ class TestRunningOutOfMemory:
             raise exhausted
 
         inverse = ij.invert(ij.Diagonal(params), ij.CG(1.0))
-        monkeypatch.setattr(ij.CG, "apply_many", fail)
+        monkeypatch.setattr(ij.CG, "solve", fail)
         with pytest.raises(MemoryError, match=r"Inverse.solve_many: .* 1.00 MiB at once. .* curvature operator"):
             inverse.solve_many({"w": jnp.ones((3, 7))})
-        monkeypatch.setattr(ij.CG, "init", fail)
+        monkeypatch.setattr(ij.CG, "fit", fail)
         with pytest.raises(MemoryError, match=r"invert: ran out .* BlockCG or CG where Direct and Eigh form a matrix"):
             ij.invert(ij.Diagonal({"w": jnp.ones(9)}), ij.CG(1.0))
 

@@ -20,7 +20,7 @@ def test_b4_regularisation_per_block():
     """A dict of dampings is used as given; one with a bogus or a missing block is an error, not silently no damping."""
     solvers = {"layer0": ij.Direct(0.1), "layer1": ij.Direct(0.7)}
     inverse = ij.invert(GGN, ij.Blockwise(solvers))
-    assert [float(part.state.damping) for part in inverse.by_block.values()] == [0.1, 0.7]
+    assert [float(part.damping) for part in inverse.by_block.values()] == [0.1, 0.7]
     for wrong in ({**solvers, "layer9": ij.Direct(0.1)}, {"layer0": ij.Direct(0.1)}):
         with pytest.raises(ValueError, match="solver: got solvers for"):
             ij.invert(GGN, ij.Blockwise(wrong))

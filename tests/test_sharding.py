@@ -155,7 +155,7 @@ class TestInverses:
         many = ij.GGN(helpers.CLASSIFICATION, mesh.params(params), mesh.split(data))
         v = jax.tree.map(jnp.ones_like, many.params)
         assert laid_out_alike(ij.invert(many, ij.CG(0.1)).solve(v)[0], many.params)
-        pairs = ij.invert(many, ij.Arnoldi(0.1, 4, steps=8), key=KEY).state.pairs
+        pairs = ij.invert(many, ij.Arnoldi(0.1, 4, steps=8), key=KEY).fit.pairs
         assert laid_out_alike(pairs.basis, many.params, lead=(None,))
 
 

@@ -1,7 +1,7 @@
 """Curvature as linear operators on parameter-shaped trees."""
 
 from . import algebra as algebra, assembled as assembled, losses as losses, per_example as per_example
-from .blocked import diagonal_blocks as diagonal_blocks, shifted as shifted
+from .blocked import diagonal_blocks as diagonal_blocks
 from .capabilities import (
     Restricted as Restricted,
     Root as Root,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from functools import singledispatch
 
 from .. import tree
-from .._typing import Array
 from ..blocks import Block
-from .capabilities import checked, unsupported
+from .capabilities import checked
 from .operator import LinearOperator
 
 
@@ -33,17 +31,3 @@ def diagonal_blocks(op: LinearOperator) -> OrderedDict[str, Block]:
       {'': ('a', 'b')}
     """
     return OrderedDict({"": tuple(name for name, _ in tree.named_leaves(checked(op).space))})
-
-
-@singledispatch
-def shifted(op: LinearOperator, dampings: Mapping[str, Array]) -> LinearOperator:
-    r"""An operator of diagonal blocks with a multiple of the identity added to each, $A + \oplus_b \lambda_b I$.
-
-    Args:
-      op: Operator with `diagonal_blocks`.
-      dampings: A scalar for each of them.
-
-    Raises:
-      TypeError: If the operator is not known to be made of blocks.
-    """
-    raise unsupported(shifted, op, "a solve with a damping for each block")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..capture import Layer, components, rotate
-from .blocked import diagonal_blocks, shifted
+from .blocked import diagonal_blocks
 from .capabilities import (
     Restricted,
     Spectral,
@@ -161,17 +161,6 @@ def _(op: Kronecker) -> Spectral:
 @diagonal_blocks.register
 def _(op: Kronecker) -> OrderedDict[str, blocks.Block]:
     return op.blocks
-
-
-@shifted.register
-def _(op: Kronecker, dampings: Mapping[str, Array]) -> LinearOperator:
-    of_leaf = {name: dampings[block] for block, names in op.blocks.items() for name in names}
-
-    def layer_shifted(layer: KroneckerLayer) -> KroneckerLayer:
-        damping = of_leaf[layer.layer.kernel].astype(layer.values.dtype)
-        return dataclasses.replace(layer, values=layer.values + damping)
-
-    return Kronecker(op.params, tuple(layer_shifted(layer) for layer in op.layers), op.psd)
 
 
 @restrict.register

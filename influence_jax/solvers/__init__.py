@@ -4,7 +4,11 @@ from .base import Inverse as Inverse, Solver as Solver, invert as invert, solve_
 from .block_cg import BlockCG as BlockCG, block_conjugate_gradients as block_conjugate_gradients
 from .blockwise import Blockwise as Blockwise
 from .cg import CG as CG, conjugate_gradients as conjugate_gradients
-from .damping import RelativeDamping as RelativeDamping
+from .damping import (
+    BlockDamping as BlockDamping,
+    RelativeDamping as RelativeDamping,
+    damped_product as damped_product,
+)
 from .direct import Direct as Direct, Eigh as Eigh, rows_at_once as rows_at_once
 from .harmonic import HarmonicMean as HarmonicMean
 from .info import (

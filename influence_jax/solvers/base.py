@@ -2,9 +2,11 @@ r"""What a solver is, and the inverse it makes of an operator."""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +25,29 @@ from ..curvature.capabilities import not_convex_because, settled
 from ..curvature.convexity import is_at_hand
 from ..curvature.loops import refuse_tracing
 from ..curvature.operator import Scaled, Sum
-from .damping import RelativeDamping, check_damping, check_resolved, damped_product, warn_of_noise
+from .damping import (
+    Asked,
+    Damping,
+    asked_by_block,
+    check_damping,
+    check_positive_means,
+    damped_product,
+    resolve,
+    warn_of_noise,
+)
 from .info import NOT_FINITE, Info, is_nan, more_damping, solved, worst
 
 
-@runtime_checkable
-class Solver(Protocol):
-    """A way to solve `(A + damping I) x = v`.
+class Solver(abc.ABC):
+    r"""A way to solve $(A + \lambda I) x = v$.
 
-    A frozen pytree dataclass: numbers such as damping are leaves, what shapes the program is static.  `init` does what
-    needs the operator only, `apply_many` solves for a stack of right-hand sides.
+    A frozen pytree dataclass: numbers such as `damping` are leaves, what shapes the program is static.  `solve` is all
+    that one needs; `fit` computes once what does not depend on the right-hand side, and `advice` says what to change
+    where a solve failed.  The operator and its damping are the `Inverse`'s: a solver is handed both, and keeps neither.
+
+    Attributes:
+      damping: What a person asks for: a number, a `RelativeDamping`, or a dict or tree of these; 0 if a solver has no
+        such field.
 
     Raises:
       TypeError, ValueError: In `invert`, if a setting is of the wrong kind or out of range.
@@ -45,49 +60,43 @@ class Solver(Protocol):
       ... class OneStep(ij.Solver):
       ...     damping: float
       ...
-      ...     def init(self, op, *, key=None):
-      ...         return None
-      ...
-      ...     def apply_many(self, state, V):
+      ...     def solve(self, op, damping, fit, V):
       ...         ones = jnp.ones(len(jax.tree.leaves(V)[0]))
       ...         info = ij.Info(jnp.int32(ones), None, ones > 0)  # None: not known
-      ...         return jax.tree.map(lambda v: v / self.damping, V), info
+      ...         return jax.tree.map(lambda v: v / damping, V), info
       >>> inverse = ij.invert(ij.Identity({"w": jnp.ones(2)}), OneStep(2.0))
       >>> inverse.solver, inverse.mv({"w": jnp.ones(2)})["w"].tolist()
       (OneStep(damping=2.0), [0.5, 0.5])
     """
 
-    @property
-    def symmetric(self) -> bool:
-        """Whether the map from v to x is self-adjoint, so that solving may move to the other side of a product."""
-        return True
-
-    @property
-    def approximate(self) -> bool:
-        """Whether `converged` promises no small residual, so that whoever asks for nothing else need not pay for it."""
-        return False
-
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> PyTree:
-        """Whatever can be computed before the right-hand side is known.
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> PyTree:
+        """Compute what does not depend on the right-hand side, a tree of arrays; nothing by default.
 
         Args:
           op: What is to be inverted.
-          key: For solvers and dampings that draw random numbers.
+          damping: As `solve` gets it.
+          key: For solvers that draw random numbers.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no init(op, *, key)")
+        return ()
 
-    def init_noting(self, op: LinearOperator, *, key: Key | None = None) -> tuple[PyTree, Mapping[str, Array]]:
-        """As `init`, and for each block damped apart, whether it holds nothing but rounding."""
-        return self.init(op, key=key), {}
+    @abc.abstractmethod
+    def solve(self, op: LinearOperator, damping: Damping, fit: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+        """Solve for all rows of a stack.
 
-    def apply_many(self, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
-        """Solve for all rows of the stack `V`, leaves `(K, *leaf)`; `state` is `init`'s, solutions float32 or wider."""
-        raise NotImplementedError(f"{type(self).__name__} has no apply_many(state, V)")
+        Args:
+          op: Operator A.
+          damping: Absolute: an array `()`, or a `BlockDamping` where there is one for each of several blocks, which
+            `damped_product` takes too.
+          fit: What `fit` returned.
+          V: Right-hand sides, leaves `(K, *leaf)`.
 
-    def apply(self, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
-        """Solve for one vector `v` with the `state` of `init`, the K = 1 case of `apply_many`."""
-        X, info = self.apply_many(state, tree.stack_of_one(v))
-        return tree.only(X), jax.tree.map(lambda leaf: jnp.reshape(leaf, ()), info)
+        Returns:
+          Solutions, float32 or wider, and Info with leaves `(K,)`.
+        """
+
+    def refit(self, inverse: Inverse, damping: Damping, *, key: Key | None = None) -> PyTree:
+        """Return the fit of an `inverse` for another `damping`: the one that it has, by default."""
+        return inverse.fit
 
     def advice(self, info: Info) -> str:
         """Say what to change about solves that did not converge; the end of a `ConvergenceWarning`.
@@ -105,24 +114,43 @@ class Solver(Protocol):
         """
         return ""
 
-    def with_damping(self, state: PyTree, damping: Any, *, key: Key | None = None) -> tuple[Solver, PyTree]:
-        """The solver and its `state` at another `damping`, where that needs no new fit; `key` as in `init`.
+    @property
+    def symmetric(self) -> bool:
+        """Whether the map from v to x is self-adjoint, so that solving may move to the other side of a product."""
+        return True
 
-        Raises:
-          ValueError: If the state cannot serve another damping.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no with_damping(state, damping, *, key)")
+    @property
+    def approximate(self) -> bool:
+        """Whether `converged` promises no small residual, so that whoever asks for nothing else need not pay for it."""
+        return False
+
+    def asked(self, op: LinearOperator) -> OrderedDict[str, Asked]:
+        """Return the dampings asked for, block by block."""
+        return asked_by_block(getattr(self, "damping", 0.0), op)
+
+    def damped_by(self, damping: Any, op: LinearOperator) -> Solver:
+        """Return the same solver, asking for another damping of `op`."""
+        if not hasattr(self, "damping"):
+            raise ValueError(f"damping: got {damping!r}, but {self!r} has none")
+        return dataclasses.replace(self, damping=damping)  # type: ignore[type-var]
 
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
-        """The inverses of the diagonal blocks of `inverse` that are treated apart; one block `""` by default."""
+        """Return the inverses of the diagonal blocks of `inverse` that are treated apart; one block `""` by default."""
         return OrderedDict({"": inverse})
 
     def __repr__(self) -> str:
         return _reprs.settings(self)
 
 
+class Fitted(NamedTuple):
+    """A solver within another, as a preconditioner, on the same operator: its damping and what it computed."""
+
+    damping: Damping
+    fit: PyTree
+
+
 def implicit_solve(
-    op: LinearOperator, damping: Array, V: PyTree, solve: Callable[[PyTree], tuple[PyTree, Info]]
+    op: LinearOperator, damping: Damping, V: PyTree, solve: Callable[[PyTree], tuple[PyTree, Info]]
 ) -> tuple[PyTree, Info]:
     """Run `solve(V)` with the derivatives of the exact solution.
 
@@ -136,7 +164,7 @@ def implicit_solve(
     )
 
 
-def measured(op: LinearOperator, damping: Array, X: PyTree, V: PyTree, lowest: Array | None = None) -> Info:
+def measured(op: LinearOperator, damping: Damping, X: PyTree, V: PyTree, lowest: Array | None = None) -> Info:
     """How far an approximation in closed form is from the exact solution; `converged` says only that it is finite."""
     op, damping, X, V = lax.stop_gradient((op, damping, X, V))
     norm = tree.norms(V)
@@ -158,7 +186,8 @@ class Inverse(LinearOperator):
     Attributes:
       op: The operator A, which maps vectors, leaves `(*leaf)`, or stacks of them, leaves `(K, *leaf)`.
       solver: How it is inverted.
-      state: What the solver computed from A.
+      damping: $\lambda$, absolute: an array `()`, or a `BlockDamping` where there is one for each of several blocks.
+      fit: What the solver computed from A, and nothing of A itself.
 
     Example:
       >>> import influence_jax as ij
@@ -172,7 +201,8 @@ class Inverse(LinearOperator):
 
     op: LinearOperator
     solver: Solver
-    state: PyTree
+    damping: Damping
+    fit: PyTree
 
     def mv(self, v: PyTree) -> PyTree:
         return tree.cast_like(self.solve(v)[0], v)
@@ -191,7 +221,7 @@ class Inverse(LinearOperator):
         if self.on_host:
             X, info = self.solve_many(tree.stack_of_one(v))
             return tree.only(X), jax.tree.map(lambda field: field[0], info)
-        return _solve(self.solver, self.state, v)
+        return _solve(self.solver, self.op, self.damping, self.fit, v)
 
     @memory_errors("Inverse.solve_many", SOLVE_KNOBS)
     def solve_many(self, V: PyTree) -> tuple[PyTree, Info]:
@@ -203,25 +233,28 @@ class Inverse(LinearOperator):
         tree.check_stack(V, self.space, "V")
         refuse_tracing(self.op, V)
         if self.on_host:
-            X, info = _solution(self.solver, self.state, on_auto_axes(V))
+            X, info = _solution(self.solver, self.op, self.damping, self.fit, on_auto_axes(V))
             return laid_out_like(X, V), info
-        return _solve_many(self.solver, self.state, V)
+        return _solve_many(self.solver, self.op, self.damping, self.fit, V)
 
-    def with_damping(self, damping: float | Array | RelativeDamping, *, key: Key | None = None) -> Inverse:
-        """The inverse at another damping from the same fit; `vmap` over it sweeps a grid.
+    def with_damping(self, damping: Any, *, key: Key | None = None) -> Inverse:
+        """The inverse at another damping; `vmap` over it sweeps a grid.
+
+        From the same fit, but for a factorisation of the damped matrix, as `Direct` makes of an operator without a
+        closed form, which is computed anew: `Eigh` serves every damping.
 
         Args:
-          damping: Non-negative number, or a `RelativeDamping`.
+          damping: As the solver's: a non-negative number, a `RelativeDamping`, or a dict or tree of these.
           key: For a `RelativeDamping` whose trace has to be estimated.
 
         Raises:
-          ValueError: If the solver's state is tied to its damping (Cholesky), or the damping is negative.
+          TypeError, ValueError: If it is not of that form, or negative.
         """
         check_damping(damping)
         refuse_tracing(self.op, damping)
-        solver, state = self.solver.with_damping(self.state, damping, key=key)
-        check_resolved(solver, state, self.op)
-        return Inverse(self.op, solver, state)
+        solver = self.solver.damped_by(damping, self.op)
+        resolved = resolve_damping(solver, self.op, key)
+        return Inverse(self.op, solver, resolved, solver.refit(self, resolved, key=key))
 
     @property
     def by_block(self) -> OrderedDict[str, Inverse]:
@@ -279,7 +312,7 @@ class Inverse(LinearOperator):
         return self.op.fitted_at
 
     def __repr__(self) -> str:
-        blocks = _reprs.counted(len(self.state), "block") if isinstance(self.state, dict) else ""  # as Blockwise has
+        blocks = _reprs.counted(len(self.fit), "block") if isinstance(self.fit, dict) else ""  # as Blockwise has
         return _reprs.call(self, repr(self.op), repr(self.solver), blocks)
 
 
@@ -404,16 +437,26 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
     if key is not None:
         check_key(key, "solvers and dampings may draw random numbers")
     with memory_errors("invert", lambda: f"{solver.holds(op)}Less is taken by {SOLVE_KNOBS}"):
-        if op.on_host:
-            state, noise = solver.init_noting(op, key=key)
-            check_losses(op)  # unless a pass over the loader has shown them
-        else:
+        if not op.on_host:
             check_losses(op)
             op = _with_sign(op, solver)
-            state, noise = _init(solver, op, key)
-    check_resolved(solver, state, op)
+        key_damping, key_fit = (None, None) if key is None else jax.random.split(key)
+        damping = resolve_damping(solver, op, key_damping)
+        fit = fitted(solver, op, damping, key_fit)
+        if op.on_host:
+            check_losses(op)  # unless a pass over the loader has shown them
+    is_fitted = lambda x: isinstance(x, Fitted)
+    for part in filter(is_fitted, jax.tree.leaves(fit, is_leaf=is_fitted)):
+        check_positive_means(part.damping, solver, op)
+    return Inverse(op, solver, damping, fit)
+
+
+def resolve_damping(solver: Solver, op: LinearOperator, key: Key | None) -> Damping:
+    """Return the absolute damping of a solver on an operator; on the host, name blocks that are rounding."""
+    damping, noise = resolve(solver.asked(op), op, key)
+    check_positive_means(damping, solver, op)
     warn_of_noise(noise, op)
-    return Inverse(op, solver, state)
+    return damping
 
 
 def _with_sign(op: LinearOperator, solver: Solver) -> LinearOperator:
@@ -464,21 +507,25 @@ def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]
     return op.mm(V), None
 
 
-@compiled
-def _init(solver: Solver, op: LinearOperator, key: Key | None) -> tuple[PyTree, Mapping[str, Array]]:
-    return solver.init_noting(op, key=key)
+def fitted(solver: Solver, op: LinearOperator, damping: Damping, key: Key | None) -> PyTree:
+    """Return what a solver computes from an operator, by a compiled program if that can be."""
+    return solver.fit(op, damping, key=key) if op.on_host else _fit(solver, op, damping, key=key)
 
 
 @compiled
-def _solve(solver: Solver, state: PyTree, v: PyTree) -> tuple[PyTree, Info]:
-    return solver.apply(state, v)
+def _fit(solver: Solver, op: LinearOperator, damping: Damping, *, key: Key | None) -> PyTree:
+    return solver.fit(op, damping, key=key)
 
 
 @compiled
-def _solve_many(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
-    return _solution(solver, state, V)
+def _solve(solver: Solver, op: LinearOperator, damping: Damping, fit: PyTree, v: PyTree) -> tuple[PyTree, Info]:
+    X, info = _solution(solver, op, damping, fit, tree.stack_of_one(v))
+    return tree.only(X), jax.tree.map(lambda field: field[0], info)
 
 
-def _solution(solver: Solver, state: PyTree, V: PyTree) -> tuple[PyTree, Info]:
-    X, info = solver.apply_many(state, V)
+def _solution(solver: Solver, op: LinearOperator, damping: Damping, fit: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+    X, info = solver.solve(op, damping, fit, V)
     return X, jax.tree.map(lambda field: jnp.broadcast_to(field, info.converged.shape), info)
+
+
+_solve_many = compiled(_solution)

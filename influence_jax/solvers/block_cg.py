@@ -12,20 +12,13 @@ from jax import lax
 
 from .. import tree
 from .._pytree import dataclass, static
-from .._typing import Array, Key, PyTree
+from .._typing import Array, PyTree
 from ..batching import check_positive, map_chunks
 from ..curvature import LinearOperator
 from ..curvature.loops import while_loop
 from .base import Solver, implicit_solve
-from .damping import RelativeDamping, check_iteration, damped_product, needs_damping, redamp, resolve_damping
+from .damping import Damping, DampingLike, check_iteration, damped_product, needs_damping
 from .info import Info, iterative_advice, solved
-
-
-class BlockCGState(NamedTuple):
-    """The operator at its damping; nothing is computed in advance."""
-
-    op: LinearOperator
-    damping: Array  # ()
 
 
 @needs_damping
@@ -59,7 +52,7 @@ class BlockCG(Solver):
     Reference: Dubrulle 2001, Retooling the method of block conjugate gradients, algorithm BCGrQ; O'Leary 1980.
     """
 
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
     rtol: float | Array = dataclasses.field(default=1e-5, kw_only=True)
     atol: float | Array = dataclasses.field(default=0.0, kw_only=True)
     max_steps: int = static(default=1000, kw_only=True)
@@ -69,31 +62,18 @@ class BlockCG(Solver):
         check_iteration(self)
         check_positive(self.block_size, "block_size")
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> BlockCGState:
-        return BlockCGState(op, resolve_damping(self.damping, op, key))
-
-    def apply_many(self, state: BlockCGState, V: PyTree) -> tuple[PyTree, Info]:
-        fixed, rtol, atol = lax.stop_gradient((state, self.rtol, self.atol))
-        mm = partial(damped_product, fixed.op, fixed.damping)
+    def solve(self, op: LinearOperator, damping: Damping, fit: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+        fixed, fixed_damping, rtol, atol = lax.stop_gradient((op, damping, self.rtol, self.atol))
+        mm = partial(damped_product, fixed, fixed_damping)
         solve = partial(
-            block_conjugate_gradients,
-            mm,
-            rtol=rtol,
-            atol=atol,
-            max_steps=self.max_steps,
-            while_loop=while_loop(fixed.op),
+            block_conjugate_gradients, mm, rtol=rtol, atol=atol, max_steps=self.max_steps, while_loop=while_loop(op)
         )
-        if fixed.op.on_host:  # where a product reads all data, the right-hand sides share it
+        if op.on_host:  # where a product reads all data, the right-hand sides share it
             return solve(tree.promote(V))
-        return implicit_solve(
-            state.op, state.damping, V, partial(map_chunks, solve, chunk=self.block_size, shared=False)
-        )
+        return implicit_solve(op, damping, V, partial(map_chunks, solve, chunk=self.block_size, shared=False))
 
     def advice(self, info: Info) -> str:
         return iterative_advice(self, info)
-
-    def with_damping(self, state: BlockCGState, damping: Any, *, key: Key | None = None) -> tuple[Any, BlockCGState]:
-        return redamp(self, state, damping, key)
 
 
 class _Iterate(NamedTuple):

@@ -2,11 +2,9 @@ r"""One solver per block of parameters."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +13,11 @@ from .. import _reprs, tree
 from .._pytree import dataclass, set_field, static
 from .._typing import Array, Key, PyTree
 from .._words import name_of
-from ..blocks import as_blocks, by_layer, join, partition, select
-from ..curvature import LinearOperator, diagonal_blocks, restrict
+from ..blocks import Block, as_blocks, by_layer, join, partition, select
+from ..curvature import LinearOperator, restrict
 from .base import Inverse, Solver, check_solver
-from .damping import block_dampings, check_positive_mean
+from .damping import Asked, Damping, of_leaves
 from .info import Info, lowest_known
-
-State = OrderedDict[str, Inverse]
 
 
 @dataclass
@@ -76,36 +72,52 @@ class Blockwise(Solver):
         """Whether every block's solver is."""
         return all(solver.approximate for solver in self._solvers)
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> State:
-        return self.init_noting(op, key=key)[0]
-
-    def init_noting(self, op: LinearOperator, *, key: Key | None = None) -> tuple[State, OrderedDict[str, Array]]:
+    def _parts(self, op: LinearOperator) -> OrderedDict[str, _Part]:
+        """Return the operator on each block, and its solver."""
         groups = partition(op.space, self.blocks)
         if isinstance(self.solver, Mapping) and set(self.solver) != set(groups):
             raise ValueError(f"solver: got solvers for {list(self.solver)}, expected one for each of {list(groups)}")
         for name, block in groups.items():
             if not any(leaf.size for leaf in select(op.space, block).values()):
                 raise ValueError(f"blocks: block '{name}' has no entries {block}; put its leaves into another block")
-        keys = _keys(groups, key)
-        parts = OrderedDict((name, restrict(op, block)) for name, block in groups.items())
-        solvers = dict(self.solver) if isinstance(self.solver, Mapping) else dict.fromkeys(groups, self.solver)
-        wanted = {name: getattr(solver, "damping", None) for name, solver in solvers.items()}
-        dampings, noise = block_dampings(_of_one_block(wanted, parts), parts, keys)
-        inverses = OrderedDict()
-        for name, part in parts.items():
-            resolved = copy.copy(solvers[name])
-            if name in dampings:
-                set_field(resolved, "damping", dampings[name])
-            inverses[name] = Inverse(part, solvers[name], resolved.init(part, key=keys[name]))
-        return inverses, noise
+        solvers = self.solver if isinstance(self.solver, Mapping) else dict.fromkeys(groups, self.solver)
+        return OrderedDict((name, _Part(block, restrict(op, block), solvers[name])) for name, block in groups.items())
 
-    def apply_many(self, state: State, V: PyTree) -> tuple[PyTree, Info]:
-        rhs = {name: select(V, tuple(part.space)) for name, part in state.items()}
-        solved = {name: part.solve_many(rhs[name]) for name, part in state.items()}
-        infos = [info for _, info in solved.values()]
+    def asked(self, op: LinearOperator) -> OrderedDict[str, Asked]:
+        found: OrderedDict[str, Asked] = OrderedDict()
+        for name, part in self._parts(op).items():
+            inner = part.solver.asked(part.op)
+            for own, asked in inner.items():
+                found[name if len(inner) == 1 else f"{name}/{own}"] = asked
+        return found
+
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> OrderedDict[str, PyTree]:
+        parts = self._parts(op)
+        keys = [None] * len(parts) if key is None else list(jax.random.split(key, len(parts)))
+        return OrderedDict(
+            (name, part.solver.fit(part.op, of_leaves(damping, part.block), key=own))
+            for (name, part), own in zip(parts.items(), keys, strict=True)
+        )
+
+    def refit(self, inverse: Inverse, damping: Damping, *, key: Key | None = None) -> OrderedDict[str, PyTree]:
+        parts = self.by_block(inverse)
+        keys = [None] * len(parts) if key is None else list(jax.random.split(key, len(parts)))
+        return OrderedDict(
+            (name, part.solver.refit(part, of_leaves(damping, tuple(part.space)), key=own))
+            for (name, part), own in zip(parts.items(), keys, strict=True)
+        )
+
+    def solve(self, op: LinearOperator, damping: Damping, fit: Mapping[str, PyTree], V: PyTree) -> tuple[PyTree, Info]:
+        parts = self._parts(op)
+        rhs = {name: select(V, part.block) for name, part in parts.items()}
+        solved = {
+            name: part.solver.solve(part.op, of_leaves(damping, part.block), fit[name], rhs[name])
+            for name, part in parts.items()
+        }
         lengths = [(tree.norms(rhs[name]), tree.norms(x)) for name, (x, _) in solved.items()]
+        infos = [_filled(info, norms) for (_, info), (norms, _) in zip(solved.values(), lengths, strict=True)]
         info = _merge(infos, *zip(*lengths, strict=True))
-        worst = _worst(infos, [part.solver.approximate for part in state.values()])
+        worst = _worst(infos, [part.solver.approximate for part in parts.values()])
         return join({name: x for name, (x, _) in solved.items()}, V), info._replace(block=worst)
 
     def advice(self, info: Info) -> str:
@@ -120,25 +132,18 @@ class Blockwise(Solver):
         told = solvers[largest].holds(restrict(op, groups[largest]))
         return f"Of block '{largest}', {told}" if told else ""
 
-    def with_damping(self, state: State, damping: Any, *, key: Key | None = None) -> tuple[Blockwise, State]:
-        keys, parts = _keys(state, key), {name: part.op for name, part in state.items()}
-        dampings, _ = block_dampings(_of_one_block(dict.fromkeys(parts, damping), parts), parts, keys)
-        for name, absolute in dampings.items():
-            check_positive_mean(absolute, self, parts[name], f" of block '{name}'")
-        moved: State = OrderedDict()
-        for name, part in state.items():
-            try:
-                moved[name] = part.with_damping(dampings.get(name, damping), key=keys[name])
-            except ValueError as error:
-                raise ValueError(f"{error} (block '{name}')") from None
-            if name in dampings:
-                solver = copy.copy(moved[name].solver)
-                set_field(solver, "damping", damping)  # as it was asked for: relative
-                moved[name] = dataclasses.replace(moved[name], solver=solver)
-        return Blockwise({name: part.solver for name, part in moved.items()}, self.blocks), moved
+    def damped_by(self, damping: Any, op: LinearOperator) -> Blockwise:
+        parts = self._parts(op)
+        if isinstance(damping, Mapping) and set(damping) != set(parts):
+            raise ValueError(f"damping: got one for each of {list(damping)}, expected a number, or {list(parts)}")
+        each = damping if isinstance(damping, Mapping) else dict.fromkeys(parts, damping)
+        return Blockwise({n: part.solver.damped_by(each[n], part.op) for n, part in parts.items()}, self.blocks)
 
-    def by_block(self, inverse: Inverse) -> State:
-        return inverse.state
+    def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
+        return OrderedDict(
+            (name, Inverse(part.op, part.solver, of_leaves(inverse.damping, part.block), inverse.fit[name]))
+            for name, part in self._parts(inverse.op).items()
+        )
 
     def __repr__(self) -> str:
         solvers = list(dict.fromkeys(map(repr, self._solvers)))
@@ -146,15 +151,17 @@ class Blockwise(Solver):
         return _reprs.call(self, told, f"blocks={name_of(self.blocks)}")
 
 
-def _keys(blocks: Mapping[str, Any], key: Key | None) -> dict[str, Key | None]:
-    """Return a key for each block, None if there is none."""
-    keys = [None] * len(blocks) if key is None else list(jax.random.split(key, len(blocks)))
-    return dict(zip(blocks, keys, strict=True))
+class _Part(NamedTuple):
+    """A block: its leaves, the operator on them, and how that is inverted."""
+
+    block: Block
+    op: LinearOperator
+    solver: Solver
 
 
-def _of_one_block(wanted: Mapping[str, Any], parts: Mapping[str, LinearOperator]) -> dict[str, Any]:
-    """Return the dampings of blocks that are one block to their solver, too; others it resolves itself."""
-    return {name: damping for name, damping in wanted.items() if len(diagonal_blocks(parts[name])) == 1}
+def _filled(info: Info, norms: Array) -> Info:
+    """Return what a solver says of all right-hand sides at once as one number for each."""
+    return jax.tree.map(lambda field: jnp.broadcast_to(field, norms.shape), info)
 
 
 def _merge(infos: Sequence[Info], rhs: Sequence[Array], solutions: Sequence[Array]) -> Info:

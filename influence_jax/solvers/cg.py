@@ -16,17 +16,9 @@ from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator
 from ..curvature.loops import while_loop
-from .base import Solver, implicit_solve
-from .damping import RelativeDamping, check_iteration, damped_product, needs_damping, redamp, resolve_damping
+from .base import Fitted, Solver, implicit_solve, resolve_damping
+from .damping import Damping, DampingLike, check_iteration, damped_product, needs_damping
 from .info import Info, iterative_advice, solved
-
-
-class CGState(NamedTuple):
-    """The operator and, if there is a preconditioner that is a solver, what it computed from it."""
-
-    op: LinearOperator
-    damping: Array  # ()
-    preconditioner: PyTree
 
 
 @needs_damping
@@ -61,7 +53,7 @@ class CG(Solver):
     Reference: Hestenes & Stiefel 1952.
     """
 
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
     rtol: float | Array = dataclasses.field(default=1e-5, kw_only=True)
     atol: float | Array = dataclasses.field(default=0.0, kw_only=True)
     max_steps: int = static(default=1000, kw_only=True)
@@ -82,47 +74,45 @@ class CG(Solver):
                 "map such as Nystrom(damping, rank=100)"
             )
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> CGState:
-        key_damping, key_preconditioner = (None, None) if key is None else jax.random.split(key)
-        fitted = None
-        if isinstance(self.preconditioner, LinearOperator):
-            tree.check_vector(self.preconditioner.space, op.space, "preconditioner")
-            if self.preconditioner.on_host and not op.on_host:
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> Fitted | tuple[()]:
+        preconditioner = self.preconditioner
+        if isinstance(preconditioner, Solver):
+            key_damping, key_fit = (None, None) if key is None else jax.random.split(key)
+            fixed = lax.stop_gradient(op)
+            own = resolve_damping(preconditioner, fixed, key_damping)
+            return Fitted(own, preconditioner.fit(fixed, own, key=key_fit))
+        if preconditioner is not None:
+            tree.check_vector(preconditioner.space, op.space, "preconditioner")
+            if preconditioner.on_host and not op.on_host:
                 raise TypeError(
-                    f"preconditioner: got an {type(self.preconditioner).__name__} that reads its data from a loader at "
+                    f"preconditioner: got an {type(preconditioner).__name__} that reads its data from a loader at "
                     "every step, expected one in memory, such as the inverse of a Kronecker"
                 )
-        if isinstance(self.preconditioner, Solver):
-            fitted = self.preconditioner.init(lax.stop_gradient(op), key=key_preconditioner)
-        return CGState(op, resolve_damping(self.damping, op, key_damping), fitted)
+        return ()
 
-    def apply_many(self, state: CGState, V: PyTree) -> tuple[PyTree, Info]:
-        def solve(B: PyTree) -> tuple[PyTree, Info]:
-            fixed = lax.stop_gradient(state)
-            return conjugate_gradients(
-                partial(damped_product, fixed.op, fixed.damping),
-                B,
-                precondition=self._precondition(fixed.preconditioner),
-                rtol=lax.stop_gradient(self.rtol),
-                atol=lax.stop_gradient(self.atol),
-                max_steps=self.max_steps,
-                while_loop=while_loop(fixed.op),
-            )
+    def solve(self, op: LinearOperator, damping: Damping, fit: Any, V: PyTree) -> tuple[PyTree, Info]:
+        fixed, fixed_damping, fixed_fit, rtol, atol = lax.stop_gradient((op, damping, fit, self.rtol, self.atol))
+        solve = partial(
+            conjugate_gradients,
+            partial(damped_product, fixed, fixed_damping),
+            precondition=self._precondition(fixed, fixed_fit),
+            rtol=rtol,
+            atol=atol,
+            max_steps=self.max_steps,
+            while_loop=while_loop(op),
+        )
+        return implicit_solve(op, damping, V, solve)
 
-        return implicit_solve(state.op, state.damping, V, solve)
-
-    def _precondition(self, fitted: PyTree) -> Callable[[PyTree], PyTree] | None:
-        if self.preconditioner is None:
+    def _precondition(self, op: LinearOperator, fit: Any) -> Callable[[PyTree], PyTree] | None:
+        preconditioner = self.preconditioner
+        if preconditioner is None:
             return None
-        if isinstance(self.preconditioner, LinearOperator):
-            return lax.stop_gradient(self.preconditioner).mm
-        return lambda R: self.preconditioner.apply_many(fitted, R)[0]
+        if isinstance(preconditioner, LinearOperator):
+            return lax.stop_gradient(preconditioner).mm
+        return lambda R: preconditioner.solve(op, fit.damping, fit.fit, R)[0]
 
     def advice(self, info: Info) -> str:
         return iterative_advice(self, info)
-
-    def with_damping(self, state: CGState, damping: Any, *, key: Key | None = None) -> tuple[CG, CGState]:
-        return redamp(self, state, damping, key)
 
 
 class _Iterate(NamedTuple):

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import numbers
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _reprs
-from .._pytree import dataclass
+from .. import _reprs, tree
+from .._mesh import compiled
+from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from .._words import levels_inside
 from ..batching import check_positive
-from ..curvature import LinearOperator, diagonal_blocks, trace
+from ..blocks import Block, is_below
+from ..curvature import LinearOperator, diagonal_blocks, restrict, trace
 from ..curvature.capabilities import EXACT_TRACE_SIZE, wide_dtype
 
 
@@ -36,7 +37,7 @@ class RelativeDamping:
     Example:
       >>> import influence_jax as ij
       >>> inverse = ij.invert(3.0 * ij.Identity({"w": jnp.ones(2)}), ij.Direct(ij.RelativeDamping(0.5)))
-      >>> float(inverse.state.damping)
+      >>> float(inverse.damping)
       1.5
 
     Reference: Grosse et al. 2023, arXiv:2308.03296, section 3.2.
@@ -107,15 +108,17 @@ def check_tolerance(rtol: Any) -> None:
 
 
 def check_damping(damping: Any, name: str = "damping") -> None:
-    """Raise unless `damping` is a non-negative number or a `RelativeDamping`."""
-    if isinstance(damping, RelativeDamping):
-        return
-    try:
-        check_number(damping, name)
-    except TypeError:
-        raise TypeError(
-            f"{name}: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor)"
-        ) from None
+    """Raise unless `damping` is a non-negative number, a `RelativeDamping`, or a tree of these."""
+    for part in jax.tree.leaves(damping, is_leaf=_is_asked) or [damping]:  # an empty container has none
+        if isinstance(part, RelativeDamping):
+            continue
+        try:
+            check_number(part, name)
+        except TypeError:
+            raise TypeError(
+                f"{name}: got {damping!r}, expected a non-negative number or influence_jax.RelativeDamping(factor), or "
+                "a dict or tree of these by block or leaf"
+            ) from None
 
 
 def check_iteration(solver: Any) -> None:
@@ -126,19 +129,153 @@ def check_iteration(solver: Any) -> None:
     check_positive(solver.max_steps, "max_steps")
 
 
-def resolve_damping(damping: float | Array | RelativeDamping, op: LinearOperator, key: Key | None) -> Array:
-    """The absolute damping, an array in the dtype the solver computes in."""
-    dtype = wide_dtype(op.space)
-    if not isinstance(damping, RelativeDamping):
-        return jnp.asarray(damping, dtype)
-    if len(diagonal_blocks(op)) > 1:
+@dataclass
+class BlockDamping:
+    r"""A damping for each of several blocks of leaves, $A + \oplus_b \lambda_b I$, as solvers get it.
+
+    Made by `invert` where what is asked for is not one number for all.
+
+    Attributes:
+      values: Of each block, `()`.
+      blocks: Names of the blocks, and of the leaves in each; static.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> op = ij.Diagonal({"a": jnp.array([1.0]), "b": jnp.array([3.0])})
+      >>> ij.invert(op, ij.BlockCG({"a": 1.0, "b": ij.RelativeDamping(0.5)})).damping
+      BlockDamping(a=1.0, b=1.5)
+    """
+
+    values: OrderedDict[str, Array]
+    blocks: tuple[tuple[str, Block], ...] = static()
+
+    def __repr__(self) -> str:
+        return _reprs.call(self, **self.values)
+
+
+Damping: TypeAlias = Array | BlockDamping
+# What a person asks for: a number, or a dict by block or a tree like the parameters of numbers, absolute or relative.
+DampingLike: TypeAlias = float | Array | RelativeDamping | PyTree
+
+
+def of_leaves(damping: Damping, names: Iterable[str]) -> Damping:
+    """Return the damping of some leaves: a number, if they are all in one block."""
+    if not isinstance(damping, BlockDamping):
+        return damping
+    wanted = set(names)
+    kept = [(name, tuple(leaf for leaf in block if leaf in wanted)) for name, block in damping.blocks]
+    kept = [(name, block) for name, block in kept if block]
+    if len(kept) == 1:
+        return damping.values[kept[0][0]]
+    return BlockDamping(OrderedDict((name, damping.values[name]) for name, _ in kept), tuple(kept))
+
+
+def each_leaf(damping: Damping, space: PyTree) -> PyTree:
+    """Return a tree like the parameters with the damping of every leaf, `()`."""
+    leaves, structure = jax.tree.flatten(space)
+    if not isinstance(damping, BlockDamping):
+        return structure.unflatten([damping] * len(leaves))
+    of_leaf = {leaf: damping.values[name] for name, block in damping.blocks for leaf in block}
+    return structure.unflatten([of_leaf[name] for name, _ in tree.named_leaves(space)])
+
+
+def every_value(damping: Damping) -> Array:
+    """Return the dampings of all blocks, `(B,)`."""
+    return jnp.stack(list(damping.values.values())) if isinstance(damping, BlockDamping) else jnp.reshape(damping, 1)
+
+
+def divide(X: PyTree, damping: Damping) -> PyTree:
+    """Return a stack over its damping, $D^{-1} X$, in the dtypes of the stack."""
+    return jax.tree.map(lambda x, d: x / d.astype(x.dtype), X, each_leaf(damping, X))
+
+
+def damped_product(op: LinearOperator, damping: Damping, X: PyTree) -> PyTree:
+    r"""The product of the damped operator with a stack, $(A + \lambda I) X$.
+
+    Args:
+      op: Operator A.
+      damping: $\lambda$ as a solver gets it, a number or one for each block.
+      X: Leaves `(K, *leaf)`.
+
+    Returns:
+      Leaves `(K, *leaf)`.
+
+    Example:
+      >>> import influence_jax as ij
+      >>> op = ij.Identity({"w": jnp.ones(2)})
+      >>> ij.solvers.damped_product(op, jnp.array(2.0), {"w": jnp.ones((1, 2))})["w"].tolist()
+      [[3.0, 3.0]]
+    """
+    return jax.tree.map(lambda ax, x, d: ax + d.astype(x.dtype) * x, op.mm(X), X, each_leaf(damping, X))
+
+
+class Asked(NamedTuple):
+    """What a person asks for, of some leaves: a number or a `RelativeDamping`."""
+
+    damping: Any
+    leaves: Block
+
+
+def _is_asked(x: Any) -> bool:
+    return isinstance(x, RelativeDamping) or x is None
+
+
+def asked_by_block(damping: Any, op: LinearOperator) -> OrderedDict[str, Asked]:
+    """Return what is asked for, block by block.
+
+    A `RelativeDamping` is of each of the operator's diagonal blocks.  A dict has a number or a `RelativeDamping` for
+    each such block, or, as a tree like the parameters, for each part of the parameters.
+
+    Raises:
+      ValueError: If a dict or tree leaves parameters out, or can be read in both ways.
+    """
+    diagonal, names = dict(diagonal_blocks(op)), tuple(name for name, _ in tree.named_leaves(op.space))
+    if isinstance(damping, RelativeDamping):
+        return OrderedDict((name, Asked(damping, block)) for name, block in diagonal.items())
+    given = jax.tree_util.tree_leaves_with_path(damping, is_leaf=_is_asked)
+    asked = OrderedDict((tree.path_name(path), value) for path, value in given)
+    if list(asked) == [""]:
+        return OrderedDict({"": Asked(asked[""], names)})
+    below = {name: tuple(leaf for leaf in names if is_below(leaf, name)) for name in asked}
+    readings = [diagonal] if set(asked) == set(diagonal) else []
+    covers = all(below.values()) and sorted(leaf for part in below.values() for leaf in part) == sorted(names)
+    of_both = [{name: set(block) for name, block in reading.items()} for reading in (below, *readings)]
+    if covers and of_both[0] not in of_both[1:]:
+        readings.append(below)
+    if len(readings) != 1:
+        expected = f"one for each of the blocks {list(diagonal)}, or " if len(diagonal) > 1 else ""
+        both = ", which are both names of blocks and parts of parameters that differ" if readings else ""
         raise ValueError(
-            f"damping: got {damping!r}, relative to the mean eigenvalue of each block of {op!r}, for a solver with one "
-            "damping for all; use Direct, or Blockwise(solver)"
+            f"damping: got one for each of {list(asked)}{both}, expected a number, {expected}one for each part of the "
+            f"parameters, which has to cover every leaf once: {list(names)}"
         )
-    mean = (trace(op, key=key) / op.size).astype(dtype)
-    # Under tracing nothing can raise: NaN turns into `converged=False`, and `invert` raises for it on the host.
-    return jnp.where(mean > 0, jnp.asarray(damping.factor, dtype) * mean, jnp.nan)
+    return OrderedDict((name, Asked(asked[name], leaves)) for name, leaves in readings[0].items())
+
+
+def resolve(asked: Mapping[str, Asked], op: LinearOperator, key: Key | None) -> tuple[Damping, Mapping[str, Array]]:
+    """Return the absolute damping, and for each block that has a relative one, whether it is nothing but rounding."""
+    relative = any(isinstance(part.damping, RelativeDamping) for part in asked.values())
+    blocks = tuple((name, part.leaves) for name, part in asked.items())
+    wanted = OrderedDict((name, part.damping) for name, part in asked.items())
+    run = _relative_dampings if op.on_host else _compiled_relative_dampings
+    found, noise = run(wanted, op, key, blocks=blocks) if relative else ({}, {})
+    dtype = wide_dtype(op.space)
+    values = OrderedDict((name, found[name] if name in found else jnp.asarray(wanted[name], dtype)) for name in wanted)
+    return values[blocks[0][0]] if len(blocks) == 1 else BlockDamping(values, blocks), noise
+
+
+def _relative_dampings(
+    wanted: Mapping[str, Any], op: LinearOperator, key: Key | None, *, blocks: tuple[tuple[str, Block], ...]
+) -> tuple[OrderedDict[str, Array], OrderedDict[str, Array]]:
+    if len(blocks) == 1:
+        parts: dict[str, LinearOperator] = {blocks[0][0]: op}
+        return block_dampings(wanted, parts, dict.fromkeys(parts, key))
+    keys = [None] * len(blocks) if key is None else list(jax.random.split(key, len(blocks)))
+    parts = {name: restrict(op, block) for name, block in blocks}
+    return block_dampings(wanted, parts, dict(zip(parts, keys, strict=True)))
+
+
+_compiled_relative_dampings = compiled(_relative_dampings, static_argnames="blocks")
 
 
 def block_dampings(
@@ -194,44 +331,13 @@ def warn_of_noise(noise: Mapping[str, Array], op: LinearOperator) -> None:
         )
 
 
-def redamp(solver: Any, state: Any, damping: Any, key: Key | None) -> tuple[Any, Any]:
-    """`with_damping` of a solver whose state is an operator, a damping, and what does not depend on it."""
-    return dataclasses.replace(solver, damping=damping), state._replace(damping=resolve_damping(damping, state.op, key))
-
-
-def damped_product(op: LinearOperator, damping: Array, X: PyTree) -> PyTree:
-    """`(A + damping I) X` for a stack."""
-    return jax.tree.map(lambda ax, x: ax + damping.astype(x.dtype) * x, op.mm(X), X)
-
-
-def check_resolved(solver: Any, state: PyTree, op: LinearOperator) -> None:
+def check_positive_means(damping: Damping, solver: Any, op: LinearOperator) -> None:
     """Raise, on the host, if a `RelativeDamping` met a mean eigenvalue that is not positive."""
-    is_relative = lambda x: isinstance(x, RelativeDamping)
-    if not any(map(is_relative, jax.tree.leaves(solver, is_leaf=is_relative))):
-        return
-    for where, damping in _dampings(state):
-        check_positive_mean(damping, solver, op, where)
-
-
-def check_positive_mean(damping: Array, solver: Any, op: LinearOperator, where: str) -> None:
-    """Raise if a `RelativeDamping` came to nothing; traced values pass unseen."""
-    if not isinstance(damping, jax.core.Tracer) and not np.isfinite(damping):
-        raise ValueError(
-            f"damping: {solver!r} on {op!r} asks for a multiple of the mean eigenvalue{where}, which is not "
-            "positive; give an absolute damping"
-        )
-
-
-def _dampings(state: PyTree) -> Iterator[tuple[str, Array]]:
-    """The dampings in a state, those of preconditioners included, and the blocks they are for."""
-    is_damped = lambda x: hasattr(x, "op") and (hasattr(x, "damping") or hasattr(x, "dampings"))
-    for path, part in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_damped):
-        if not is_damped(part):
-            continue
-        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        where = f" of block '{'/'.join(keys)}'" if keys else ""
-        if hasattr(part, "dampings"):
-            yield from ((f" of block '{name}'", damping) for name, damping in part.dampings.items())
-            continue
-        yield where, part.damping
-        yield from _dampings([getattr(part, name) for name in part._fields if name not in ("op", "damping")])
+    of_block = damping.values if isinstance(damping, BlockDamping) else {"": damping}
+    for name, value in of_block.items():
+        if not isinstance(value, jax.core.Tracer) and not np.isfinite(value):
+            where = f" of block '{name}'" if name else ""
+            raise ValueError(
+                f"damping: {solver!r} on {op!r} asks for a multiple of the mean eigenvalue{where}, which is not "
+                "positive; give an absolute damping"
+            )

@@ -2,10 +2,10 @@ r"""Exact solves: closed forms, Cholesky, eigendecomposition."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,19 @@ from .._memory import OutOfMemory, readable
 from .._pytree import dataclass
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, chunk_in_cache
-from ..blocks import join, select
+from ..blocks import Block, join, select
 from ..curvature import (
     LinearOperator,
     LowRank,
     Unsupported,
     diagonal_blocks,
     restrict,
-    shifted,
     spectral,
     to_dense,
 )
 from ..curvature.capabilities import wide_dtype
-from .base import Inverse, Solver, implicit_solve
-from .damping import RelativeDamping, block_dampings, check_damping, needs_damping, redamp, resolve_damping
+from .base import Inverse, Solver, fitted, implicit_solve
+from .damping import BlockDamping, Damping, DampingLike, check_damping, each_leaf, needs_damping, of_leaves
 from .info import NOT_FINITE, Info, is_nan, more_damping, worst
 
 # Power iterations for the norm of a factorised operator; it is needed to one digit.
@@ -41,29 +40,22 @@ MAX_ROUNDING = 1e-2
 LARGEST_MATRIX = 2**44
 
 
-class CholeskyState(NamedTuple):
+class Cholesky(NamedTuple):
     """Dense factor of the damped operator."""
 
-    op: LinearOperator
-    damping: Array  # ()
     factor: Array  # (P, P), lower triangular
     norm: Array  # (), largest eigenvalue of the damped operator
 
 
-class SpectralState(NamedTuple):
-    """An operator with closed-form eigendecomposition, equal to `op`; damping is added when solving."""
+class Eigenpairs(NamedTuple):
+    """All eigenpairs of an operator; with a damping for each block, of the damped operator."""
 
-    op: LinearOperator
-    damping: Array  # ()
-    decomposed: LinearOperator
-    rounding: Array  # (), error of the eigenvalues relative to the largest; 0 for closed forms
+    pairs: LowRank
+    rounding: Array  # (), error of the eigenvalues relative to the largest
 
 
-class BlocksState(NamedTuple):
-    """An operator of blocks with closed-form eigendecompositions, each at a damping of its own."""
-
-    op: LinearOperator
-    dampings: OrderedDict[str, Array]  # ()
+# What exact solvers compute: nothing for an operator with eigendecompositions in closed form.
+Fit: TypeAlias = Cholesky | Eigenpairs | tuple[()]
 
 
 @needs_damping
@@ -92,57 +84,29 @@ class Direct(Solver):
     """
 
     asks_sign: ClassVar[bool] = True
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> CholeskyState | SpectralState | BlocksState:
-        return self.init_noting(op, key=key)[0]
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> Fit:
+        if is_closed(op, damping):
+            return ()
+        _check_dense(self, op)
+        return _cholesky(op, damping) if op.psd else _eigenpairs(op, damping)
 
-    def init_noting(
-        self, op: LinearOperator, *, key: Key | None = None
-    ) -> tuple[CholeskyState | SpectralState | BlocksState, OrderedDict[str, Array]]:
-        if is_blocked(op):
-            return _blocks_state(op, self.damping, key)
-        if not has_spectral(op):
-            _check_dense(self, op)
-        return self._whole(op, key), OrderedDict()
+    def refit(self, inverse: Inverse, damping: Damping, *, key: Key | None = None) -> Fit:
+        same = isinstance(inverse.fit, Eigenpairs) and not _are_by_block(damping, inverse.damping)
+        return inverse.fit if same else fitted(self, inverse.op, damping, key)
 
-    def _whole(self, op: LinearOperator, key: Key | None) -> CholeskyState | SpectralState:
-        damping = resolve_damping(self.damping, op, key)
-        if has_spectral(op) or not op.psd:
-            return spectral_state(op, damping)
-        matrix = to_dense(lax.stop_gradient(op))
-        damped = matrix + lax.stop_gradient(damping).astype(matrix.dtype) * jnp.eye(op.size, dtype=matrix.dtype)
-        factor = jnp.linalg.cholesky(damped)
-        return CholeskyState(op, damping, factor, _largest_eigenvalue(factor))
-
-    def apply_many(self, state: CholeskyState | SpectralState | BlocksState, V: PyTree) -> tuple[PyTree, Info]:
-        if isinstance(state, BlocksState):
-            return _solve_blocks(state, V)
-        fixed = lax.stop_gradient(state)
-
-        def solve(B: PyTree) -> tuple[PyTree, Info]:
-            return cholesky_solve(fixed, B) if isinstance(fixed, CholeskyState) else spectral_solve(fixed, B)
-
-        return implicit_solve(state.op, state.damping, V, solve)
+    def solve(self, op: LinearOperator, damping: Damping, fit: Fit, V: PyTree) -> tuple[PyTree, Info]:
+        return implicit_solve(op, damping, V, partial(_solve, *lax.stop_gradient((op, damping, fit))))
 
     def advice(self, info: Info) -> str:
         return _advice(self, info)
 
     def holds(self, op: LinearOperator) -> str:
         return _holds(self, op)
-
-    def with_damping(
-        self, state: CholeskyState | SpectralState | BlocksState, damping: Any, *, key: Key | None = None
-    ) -> tuple[Direct, SpectralState | BlocksState]:
-        if isinstance(state, CholeskyState):
-            raise ValueError(
-                "damping: Direct has factorised this operator at its damping and cannot change it; use "
-                "influence_jax.Eigh(damping), one eigendecomposition that serves every damping"
-            )
-        return _redamp(self, state, damping, key)
 
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
         return _inverses(inverse)
@@ -172,38 +136,29 @@ class Eigh(Solver):
     Reference: Golub & Van Loan 2013, Matrix Computations, chapter 8.
     """
 
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> SpectralState | BlocksState:
-        return self.init_noting(op, key=key)[0]
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> Fit:
+        if is_closed(op, damping):
+            return ()
+        _check_dense(self, op)
+        return _eigenpairs(op, damping)
 
-    def init_noting(
-        self, op: LinearOperator, *, key: Key | None = None
-    ) -> tuple[SpectralState | BlocksState, OrderedDict[str, Array]]:
-        if is_blocked(op):
-            return _blocks_state(op, self.damping, key)
-        if not has_spectral(op):
-            _check_dense(self, op)
-        return spectral_state(op, resolve_damping(self.damping, op, key)), OrderedDict()
+    def refit(self, inverse: Inverse, damping: Damping, *, key: Key | None = None) -> Fit:
+        same = isinstance(inverse.fit, Eigenpairs) and not _are_by_block(damping, inverse.damping)
+        return inverse.fit if same else fitted(self, inverse.op, damping, key)
 
-    def apply_many(self, state: SpectralState | BlocksState, V: PyTree) -> tuple[PyTree, Info]:
-        if isinstance(state, BlocksState):
-            return _solve_blocks(state, V)
-        return implicit_solve(state.op, state.damping, V, lambda B: spectral_solve(lax.stop_gradient(state), B))
+    def solve(self, op: LinearOperator, damping: Damping, fit: Fit, V: PyTree) -> tuple[PyTree, Info]:
+        return implicit_solve(op, damping, V, partial(_solve, *lax.stop_gradient((op, damping, fit))))
 
     def advice(self, info: Info) -> str:
         return _advice(self, info)
 
     def holds(self, op: LinearOperator) -> str:
         return _holds(self, op)
-
-    def with_damping(
-        self, state: SpectralState | BlocksState, damping: Any, *, key: Key | None = None
-    ) -> tuple[Eigh, SpectralState | BlocksState]:
-        return _redamp(self, state, damping, key)
 
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
         return _inverses(inverse)
@@ -238,54 +193,46 @@ def _check_dense(solver: Solver, op: LinearOperator) -> None:
         raise OutOfMemory(f"solver: {_holds(solver, op)}".rstrip())
 
 
-def is_blocked(op: LinearOperator) -> bool:
-    """Whether the operator is made of several blocks with closed-form eigendecompositions."""
-    return len(diagonal_blocks(op)) > 1 and has_spectral(op)
+def is_closed(op: LinearOperator, damping: Damping) -> bool:
+    """Whether all eigendecompositions are in closed form: one number is added to the eigenvalues of each block."""
+    alike = (not isinstance(of_leaves(damping, block), BlockDamping) for block in diagonal_blocks(op).values())
+    return has_spectral(op) and all(alike)
 
 
-def _blocks_state(
-    op: LinearOperator, damping: float | Array | RelativeDamping, key: Key | None
-) -> tuple[BlocksState, OrderedDict[str, Array]]:
-    """Return the state of an operator of blocks, and which of them hold nothing but rounding."""
-    parts = OrderedDict((name, restrict(op, block)) for name, block in diagonal_blocks(op).items())
-    if not isinstance(damping, RelativeDamping):
-        same = ((name, resolve_damping(damping, part, key)) for name, part in parts.items())
-        return BlocksState(op, OrderedDict(same)), OrderedDict()
-    dampings, noise = block_dampings(dict.fromkeys(parts, damping), parts, dict.fromkeys(parts, key))
-    return BlocksState(op, dampings), noise
-
-
-def _redamp(solver: Any, state: SpectralState | BlocksState, damping: Any, key: Key | None) -> tuple[Any, Any]:
-    if isinstance(state, BlocksState):
-        return dataclasses.replace(solver, damping=damping), _blocks_state(state.op, damping, key)[0]
-    return redamp(solver, state, damping, key)
+def _are_by_block(*dampings: Damping) -> bool:
+    return any(isinstance(damping, BlockDamping) for damping in dampings)
 
 
 def _inverses(inverse: Inverse) -> OrderedDict[str, Inverse]:
     """The inverse of each block, or of the operator as a whole if it has none."""
-    if not isinstance(inverse.state, BlocksState):
+    blocks = diagonal_blocks(inverse.op)
+    if len(blocks) == 1 or not is_closed(inverse.op, inverse.damping):
         return OrderedDict({"": inverse})
-    found = OrderedDict()
-    for name, block in diagonal_blocks(inverse.op).items():
-        part, damping = restrict(inverse.op, block), inverse.state.dampings[name]
-        found[name] = Inverse(part, inverse.solver, SpectralState(part, damping, part, jnp.zeros_like(damping)))
-    return found
+    parts = ((name, restrict(inverse.op, block), of_leaves(inverse.damping, block)) for name, block in blocks.items())
+    return OrderedDict((name, Inverse(part, inverse.solver, damping, ())) for name, part, damping in parts)
 
 
-def _solve_blocks(state: BlocksState, V: PyTree) -> tuple[PyTree, Info]:
-    """Solve block by block; to differentiation the damping of each is part of an operator solved without any."""
-    none = jnp.zeros_like(next(iter(state.dampings.values())))
-    damped = shifted(state.op, state.dampings)
-    return implicit_solve(damped, none, V, partial(_solve_each, lax.stop_gradient(state)))
+def _solve(op: LinearOperator, damping: Damping, fit: Fit, B: PyTree) -> tuple[PyTree, Info]:
+    if isinstance(fit, Cholesky):
+        return cholesky_solve(op, fit, B)
+    if isinstance(fit, Eigenpairs):
+        added = jnp.zeros(()) if isinstance(damping, BlockDamping) else damping
+        return spectral_solve(op, fit.pairs, added, fit.rounding, B)
+    blocks = diagonal_blocks(op)
+    return _solve_each(op, damping, blocks, B) if len(blocks) > 1 else closed_solve(op, cast(Array, damping), B)
 
 
-def _solve_each(state: BlocksState, B: PyTree) -> tuple[PyTree, Info]:
+def closed_solve(op: LinearOperator, damping: Array, B: PyTree) -> tuple[PyTree, Info]:
+    """Solve by an eigendecomposition in closed form."""
+    return spectral_solve(op, op, damping, jnp.zeros_like(damping), B)
+
+
+def _solve_each(op: LinearOperator, damping: Damping, blocks: Mapping[str, Block], B: PyTree) -> tuple[PyTree, Info]:
     """Solve every block, each judged by its own largest eigenvalue; `Info.block` is where the system is worst."""
     solved, infos = {}, []
-    for name, block in diagonal_blocks(state.op).items():
-        part, damping = restrict(state.op, block), state.dampings[name]
-        alone = SpectralState(part, damping, part, jnp.zeros_like(damping))
-        solved[name], info = spectral_solve(alone, select(B, block))
+    for name, block in blocks.items():
+        added = cast(Array, of_leaves(damping, block))
+        solved[name], info = closed_solve(restrict(op, block), added, select(B, block))
         infos.append(info)
     merged = cast(Info, worst(infos))
     lowest = [jnp.where(info.converged, jnp.abs(info.min_curvature), -1) for info in infos]
@@ -304,17 +251,29 @@ def has_spectral(op: LinearOperator) -> bool:
 
 def rows_at_once(op: LinearOperator) -> int:
     """How many vectors to multiply at once by default: few where they are all that is read, and fall out of caches."""
-    closed = isinstance(op, Inverse) and isinstance(op.state, SpectralState | BlocksState) and has_spectral(op.op)
+    closed = isinstance(op, Inverse) and isinstance(op.solver, Direct | Eigh) and has_spectral(op.op)
     return (chunk_in_cache if closed else chunk_for)(op.size)
 
 
-def spectral_state(op: LinearOperator, damping: Array) -> SpectralState:
-    """The closed-form eigendecomposition, or all eigenpairs by way of the dense matrix."""
-    if has_spectral(op):
-        return SpectralState(op, damping, op, jnp.zeros_like(damping))
-    values, vectors = jnp.linalg.eigh(to_dense(lax.stop_gradient(op)))
-    decomposed = LowRank(tree.unflatten(vectors.T, op.space), values)
-    return SpectralState(op, damping, decomposed, jnp.asarray(_rounding(op.size, values.dtype), damping.dtype))
+def _damped_matrix(op: LinearOperator, damping: Damping) -> Array:
+    """Return the matrix of the damped operator."""
+    matrix = to_dense(op)
+    of_leaf = jax.tree.map(lambda d, leaf: jnp.broadcast_to(d, leaf.shape), each_leaf(damping, op.space), op.space)
+    return matrix + jnp.diag(tree.flatten(of_leaf, op.space).astype(matrix.dtype))
+
+
+def _cholesky(op: LinearOperator, damping: Damping) -> Cholesky:
+    factor = jnp.linalg.cholesky(_damped_matrix(*lax.stop_gradient((op, damping))))
+    return Cholesky(factor, _largest_eigenvalue(factor))
+
+
+def _eigenpairs(op: LinearOperator, damping: Damping) -> Eigenpairs:
+    """Return all eigenpairs by way of the dense matrix; one number is added to them when solving."""
+    op, damping = lax.stop_gradient((op, damping))
+    matrix = _damped_matrix(op, damping) if isinstance(damping, BlockDamping) else to_dense(op)
+    values, vectors = jnp.linalg.eigh(matrix)
+    pairs = LowRank(tree.unflatten(vectors.T, op.space), values)
+    return Eigenpairs(pairs, jnp.asarray(_rounding(op.size, values.dtype), values.dtype))
 
 
 def _rounding(size: int, dtype: np.dtype) -> float:
@@ -334,12 +293,12 @@ def _largest_eigenvalue(factor: Array) -> Array:
     return jnp.sum(jnp.square(factor.T @ vector))
 
 
-def cholesky_solve(state: CholeskyState, B: PyTree) -> tuple[PyTree, Info]:
+def cholesky_solve(op: LinearOperator, fit: Cholesky, B: PyTree) -> tuple[PyTree, Info]:
     """Two triangular solves."""
-    rhs = tree.flatten(B, state.op.space).astype(state.factor.dtype)
-    flat = jax.scipy.linalg.cho_solve((state.factor, True), rhs.T).T
-    X = tree.cast_like(tree.unflatten(flat, state.op.space), B)
-    error = _rounding(state.op.size, state.factor.dtype) * state.norm
+    rhs = tree.flatten(B, op.space).astype(fit.factor.dtype)
+    flat = jax.scipy.linalg.cho_solve((fit.factor, True), rhs.T).T
+    X = tree.cast_like(tree.unflatten(flat, op.space), B)
+    error = _rounding(op.size, fit.factor.dtype) * fit.norm
     unit = tree.norms(X)
     length = jnp.where(unit > 0, unit, 1)
     along = tree.scale_rows(1 / length, X)
@@ -348,20 +307,25 @@ def cholesky_solve(state: CholeskyState, B: PyTree) -> tuple[PyTree, Info]:
     return X, _info(X, B, error, curvature)
 
 
-def spectral_solve(state: SpectralState, B: PyTree) -> tuple[PyTree, Info]:
+def spectral_solve(
+    op: LinearOperator, decomposed: LinearOperator, damping: Array, rounding: Array, B: PyTree
+) -> tuple[PyTree, Info]:
     """Divide by the damped eigenvalues; directions whose eigenvalue has no correct digit are left out.
+
+    `decomposed` equals `op`, and has an eigendecomposition in closed form, whose eigenvalues are known to `rounding` of
+    the largest.
 
     Entries that a person gives, as of `Diagonal`, are exact.  The eigenvalues of a curvature were computed, in closed
     form too: without a damping, or with one below the square of rounding, those below the rounding of the largest are
     noise, as of a feature that is always zero.
     """
-    to_basis, from_basis, values = spectral(state.decomposed)
-    damped = jax.tree.map(lambda d: d + state.damping.astype(d.dtype), values)
+    to_basis, from_basis, values = spectral(decomposed)
+    damped = jax.tree.map(lambda d: d + damping.astype(d.dtype), values)
     entries = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(damped)])
-    largest, rounding = jnp.max(jnp.abs(entries)), _rounding(state.op.size, entries.dtype)
-    error = state.rounding.astype(entries.dtype) * largest
-    undamped = state.op.is_curvature & (state.damping.astype(entries.dtype) <= rounding**2 * largest)
-    floor = jnp.maximum(error, jnp.where(undamped, rounding * largest, 0))
+    largest, noise = jnp.max(jnp.abs(entries)), _rounding(op.size, entries.dtype)
+    error = rounding.astype(entries.dtype) * largest
+    undamped = op.is_curvature & (damping.astype(entries.dtype) <= noise**2 * largest)
+    floor = jnp.maximum(error, jnp.where(undamped, noise * largest, 0))
 
     def divide(coordinate: Array, value: Array) -> Array:
         dead = jnp.abs(value) <= floor.astype(value.dtype)

@@ -2,7 +2,7 @@ r"""The inverse harmonic mean, also known as DataInf."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,8 @@ from ..curvature import EmpiricalFisher, Fisher, LinearOperator
 from ..curvature.exact import sum_over_data
 from ..curvature.per_example import root_factors
 from .base import Solver, measured
-from .damping import RelativeDamping, check_damping, needs_damping, redamp, resolve_damping
+from .damping import Damping, DampingLike, check_damping, divide, needs_damping
 from .info import Info, more_damping
-
-
-class HarmonicState(NamedTuple):
-    """The operator at its damping; nothing is computed in advance."""
-
-    op: EmpiricalFisher | Fisher
-    damping: Array  # ()
 
 
 @needs_damping
@@ -51,7 +44,7 @@ class HarmonicMean(Solver):
     Reference: Kwon et al. 2024, arXiv:2310.00902, eq. 5.
     """
 
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -60,30 +53,28 @@ class HarmonicMean(Solver):
     def approximate(self) -> bool:
         return True
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> HarmonicState:
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> tuple[()]:
         if not (isinstance(op, EmpiricalFisher) or (isinstance(op, Fisher) and op.samples == 1)):
             raise TypeError(
                 f"op: HarmonicMean got {op!r}, expected a mean of rank-one matrices: EmpiricalFisher, or Fisher with "
                 "samples=1"
             )
-        return HarmonicState(op, resolve_damping(self.damping, op, key))
+        return ()
 
-    def apply_many(self, state: HarmonicState, V: PyTree) -> tuple[PyTree, Info]:
-        op, damping, V = state.op, state.damping, tree.promote(V)
+    def solve(self, op: Any, damping: Damping, fit: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+        V = tree.promote(V)
+        over = divide(V, damping)
 
         def chunk_sum(batch: PyTree, weights: Array) -> tuple[PyTree, Array]:
             grads = root_factors(op, batch)
-            along = tree.gram(V, grads) * (weights / (damping + tree.dots(grads, grads)))[None]
+            along = tree.gram(over, grads) * (weights / (1 + tree.dots(grads, divide(grads, damping))))[None]
             return tree.combine(along, grads), jnp.sum(weights)
 
         (along, weight), total = sum_over_data(op, chunk_sum, min(op.chunk or chunk_for(op.size), op.count))
         share = weight / total  # one, except for minibatches of weighted data
-        X = jax.tree.map(lambda v, g: ((share * v - g / total) / damping).astype(v.dtype), V, along)
+        X = jax.tree.map(lambda v, g: (share * v - g / total).astype(v.dtype), over, divide(along, damping))
         return X, measured(op, damping, X, V)
 
     def advice(self, info: Info) -> str:
         """Point to the damping, which the solution is divided by."""
         return f"{more_damping(self)}, which it divides by: it has to be positive, and gradients finite"
-
-    def with_damping(self, state: HarmonicState, damping: Any, *, key: Key | None = None) -> tuple[Any, HarmonicState]:
-        return redamp(self, state, damping, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,14 @@ from ..curvature.loops import fori_loop, while_loop
 from ..curvature.operator import Scaled, Sum
 from .base import Solver, implicit_solve
 from .damping import (
-    RelativeDamping,
+    Damping,
+    DampingLike,
     check_damping,
     check_number,
     check_tolerance,
     damped_product,
+    every_value,
     needs_damping,
-    resolve_damping,
 )
 from .info import NOT_FINITE, Info, is_nan, solved
 
@@ -38,13 +39,11 @@ HEADROOM = 1.1
 BOUND = 10
 
 
-class LissaState(NamedTuple):
-    """The operator, the scale of the series, and the key of its minibatches."""
+class LissaFit(NamedTuple):
+    """What the scale and the minibatches of a series are drawn from."""
 
-    op: LinearOperator
-    damping: Array  # ()
-    scale: Array  # ()
-    key: Key | None
+    largest: Array | None  # (), largest eigenvalue; None where the scale is given
+    key: Key | None  # of minibatches
 
 
 @needs_damping
@@ -80,7 +79,7 @@ class LiSSA(Solver):
     Reference: Agarwal et al. 2017, arXiv:1602.03943; Koh & Liang 2017, arXiv:1703.04730.
     """
 
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
     scale: float | Array | None = dataclasses.field(default=None, kw_only=True)
     depth: int = static(default=1000, kw_only=True)
     repeats: int = static(default=1, kw_only=True)
@@ -105,50 +104,53 @@ class LiSSA(Solver):
     def symmetric(self) -> bool:
         return self.batch_size is None
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> LissaState:
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> LissaFit:
         if self.batch_size is not None and not _examples(op):
             raise ValueError(f"batch_size: got {self.batch_size}, but {op!r} has no data to draw from; drop it")
         if self.batch_size is None and self.scale is not None:
-            damping = resolve_damping(self.damping, op, key)
-            return LissaState(op, damping, jnp.asarray(self.scale, damping.dtype), None)
+            return LissaFit(None, None)
         key = check_key(key, "LiSSA draws minibatches, and its scale by power iteration; pass it to invert")
-        key_damping, key_scale, key_batches = jax.random.split(key, 3)
-        damping = resolve_damping(self.damping, op, key_damping)
-        if self.scale is not None:
-            return LissaState(op, damping, jnp.asarray(self.scale, damping.dtype), key_batches)
-        largest = _largest_eigenvalue(lax.stop_gradient(op), key_scale)
-        return LissaState(op, damping, HEADROOM * (largest + lax.stop_gradient(damping)), key_batches)
+        key_scale, key_batches = jax.random.split(key)
+        largest = _largest_eigenvalue(lax.stop_gradient(op), key_scale) if self.scale is None else None
+        return LissaFit(largest, key_batches)
 
-    def apply_many(self, state: LissaState, V: PyTree) -> tuple[PyTree, Info]:
-        fixed, rtol = lax.stop_gradient((state, self.rtol))
-        return implicit_solve(state.op, state.damping, V, lambda B: self._solve(fixed, B, rtol))
+    def solve(self, op: LinearOperator, damping: Damping, fit: LissaFit, V: PyTree) -> tuple[PyTree, Info]:
+        series = _Series(op, damping, self._scale(damping, fit))
+        fixed, key, rtol = lax.stop_gradient((series, fit.key, self.rtol))
+        return implicit_solve(op, damping, V, lambda B: self._solve(fixed, key, B, rtol))
 
-    def _solve(self, state: LissaState, B: PyTree, rtol: float | Array) -> tuple[PyTree, Info]:
+    def _scale(self, damping: Damping, fit: LissaFit) -> Array:
+        dampings = every_value(damping)
+        if fit.largest is None:
+            return jnp.asarray(self.scale, dampings.dtype)
+        return HEADROOM * (fit.largest + jnp.max(dampings))
+
+    def _solve(self, series: _Series, key: Key | None, B: PyTree, rtol: float | Array) -> tuple[PyTree, Info]:
         norm = tree.norms(B)
         tolerance = (rtol * norm).astype(norm.dtype)
-        if self.batch_size is None or state.key is None:
-            X, steps = self._chain(state, B, tolerance, None)
+        if self.batch_size is None or key is None:
+            X, steps = self._chain(series, B, tolerance, None)
             spread: Array | None = jnp.zeros_like(norm)
         else:
-            keys = jax.random.split(state.key, self.repeats)
-            chains, counts = lax.map(lambda key: self._chain(state, B, tolerance, key), keys)
+            keys = jax.random.split(key, self.repeats)
+            chains, counts = lax.map(lambda key: self._chain(series, B, tolerance, key), keys)
             X, steps = jax.tree.map(lambda x: jnp.mean(x, axis=0), chains), jnp.max(counts, axis=0)
             spread = _standard_error(chains, X)
-        mm = partial(damped_product, state.op, state.damping)
+        mm = partial(damped_product, series.op, series.damping)
         X, info = solved(mm, X, B, jnp.full_like(norm, rtol), steps, None)
         return X, info._replace(standard_error=spread)
 
-    def _chain(self, state: LissaState, B: PyTree, tolerance: Array, key: Key | None) -> tuple[PyTree, Array]:
+    def _chain(self, series: _Series, B: PyTree, tolerance: Array, key: Key | None) -> tuple[PyTree, Array]:
         norm = tree.norms(B)
-        inverse_scale = 1 / state.scale.astype(norm.dtype)
+        inverse_scale = 1 / series.scale.astype(norm.dtype)
 
         def step(it: _Chain) -> _Chain:
-            op = state.op
+            op = series.op
             if key is not None:
                 shape, count = (self.batch_size or 1,), _examples(op)
                 indices = jax.random.randint(jax.random.fold_in(key, it.step), shape, 0, count)
                 op = minibatch(op, indices)
-            update = tree.subtract(B, tree.scale(inverse_scale, damped_product(op, state.damping, it.h)))
+            update = tree.subtract(B, tree.scale(inverse_scale, damped_product(op, series.damping, it.h)))
             h = tree.add(it.h, update)
             # The series of a contraction is no longer than its number of terms times the first.
             sound = tree.norms(h) <= BOUND * (it.step + 2).astype(norm.dtype) * norm
@@ -158,7 +160,7 @@ class LiSSA(Solver):
             )
 
         start = _Chain(B, norm > 0, jnp.zeros(norm.shape, jnp.int32), jnp.zeros((), jnp.int32))
-        end = while_loop(state.op)(lambda it: jnp.any(it.going) & (it.step < self.depth), step, start)
+        end = while_loop(series.op)(lambda it: jnp.any(it.going) & (it.step < self.depth), step, start)
         return tree.scale(inverse_scale, end.h), end.steps
 
     def advice(self, info: Info) -> str:
@@ -170,10 +172,13 @@ class LiSSA(Solver):
         noise = "repeats or batch_size, " if self.batch_size is not None else ""
         return f"the series is not done: raise depth ({self.depth}), {noise}the damping, which shortens it, or rtol"
 
-    def with_damping(self, state: LissaState, damping: Any, *, key: Key | None = None) -> tuple[LiSSA, LissaState]:
-        moved = resolve_damping(damping, state.op, key)
-        scale = state.scale + HEADROOM * jnp.maximum(moved - state.damping, 0)
-        return dataclasses.replace(self, damping=damping), state._replace(damping=moved, scale=scale)
+
+class _Series(NamedTuple):
+    """What every step of a series multiplies with."""
+
+    op: LinearOperator
+    damping: Damping
+    scale: Array  # ()
 
 
 class _Chain(NamedTuple):

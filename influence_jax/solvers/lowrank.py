@@ -2,7 +2,7 @@ r"""Solvers that know an operator by its leading eigenpairs: Arnoldi and Nyströ
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ..curvature.capabilities import wide_dtype
 from ..curvature.loops import fori_loop
 from ..curvature.spectrum import lanczos
 from .base import Solver, measured
-from .damping import RelativeDamping, check_damping, check_number, needs_damping, redamp, resolve_damping
+from .damping import BlockDamping, Damping, DampingLike, check_damping, divide, each_leaf, every_value, needs_damping
 from .info import NOT_FINITE, Info, is_nan, lowest_of, more_damping
 
 # An eigenpair counts as found when its residual is below this part of the largest eigenvalue.
@@ -26,11 +26,9 @@ RITZ_TOLERANCE = 1e-2
 CHECK_STEPS = 8
 
 
-class LowRankState(NamedTuple):
-    """The operator, and the eigenpairs found of it."""
+class LowRankFit(NamedTuple):
+    """The eigenpairs found of an operator."""
 
-    op: LinearOperator
-    damping: Array  # ()
     pairs: LowRank
     found: Array  # (), bool: whether the eigenpairs are what they should be
     lowest: Array  # (), smallest curvature met
@@ -43,7 +41,7 @@ class LowRankSolver(Solver):
     The eigenpairs are constants to differentiation; the derivative in damping is exact for the approximate inverse.
     """
 
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
     rank: int = static()
     complement: bool = static(default=True, kw_only=True)
 
@@ -55,20 +53,15 @@ class LowRankSolver(Solver):
     def approximate(self) -> bool:
         return True
 
-    def apply_many(self, state: LowRankState, V: PyTree) -> tuple[PyTree, Info]:
-        V = tree.promote(V)
-        pairs, complement = lax.stop_gradient(state.pairs), self.complement
-        coefficients = tree.gram(V, pairs.basis)
-        damping = state.damping.astype(coefficients.dtype)
-        damped = pairs.values.astype(coefficients.dtype) + damping
-        usable = jnp.abs(damped) > 0
-        inverse = jnp.where(usable, 1 / jnp.where(usable, damped, 1), 0)
-        positive = jnp.where(damping > 0, damping, 1)
-        outside = jnp.where(damping > 0, 1 / positive, jnp.nan) if complement else jnp.zeros_like(damping)
-        X = tree.cast_like(tree.combine(coefficients * (inverse - outside)[None], pairs.basis), V)
-        X = jax.tree.map(lambda x, v: x + outside.astype(v.dtype) * v, X, V) if complement else X
-        info = measured(state.op, damping, X, V, state.lowest.astype(damping.dtype) + damping)
-        return X, info._replace(converged=info.converged & state.found & jnp.all(usable))
+    def solve(self, op: LinearOperator, damping: Damping, fit: LowRankFit, V: PyTree) -> tuple[PyTree, Info]:
+        V, pairs = tree.promote(V), lax.stop_gradient(fit.pairs)
+        if isinstance(damping, BlockDamping):
+            X, usable = _solve_by_block(pairs, damping, V, self.complement)
+        else:
+            X, usable = _solve_alike(pairs, damping, V, self.complement)
+        lowest = fit.lowest + jnp.min(every_value(damping))
+        info = measured(op, damping, X, V, lowest)
+        return X, info._replace(converged=info.converged & fit.found & usable)
 
     def advice(self, info: Info) -> str:
         """Say whether it is the damping, what was not found, or curvature that a sketch does not take."""
@@ -82,8 +75,38 @@ class LowRankSolver(Solver):
         """Say what finds more."""
         raise NotImplementedError("an abstract class")
 
-    def with_damping(self, state: LowRankState, damping: Any, *, key: Key | None = None) -> tuple[Any, LowRankState]:
-        return redamp(self, state, damping, key)
+
+def _solve_alike(pairs: LowRank, damping: Array, V: PyTree, complement: bool) -> tuple[PyTree, Array]:
+    r"""Return $Q (\Lambda + \lambda I)^{-1} Q^\top v$, the rest over the damping, and whether that can be."""
+    coefficients = tree.gram(V, pairs.basis)
+    damping = damping.astype(coefficients.dtype)
+    damped = pairs.values.astype(coefficients.dtype) + damping
+    usable = jnp.abs(damped) > 0
+    inverse = jnp.where(usable, 1 / jnp.where(usable, damped, 1), 0)
+    positive = jnp.where(damping > 0, damping, 1)
+    outside = jnp.where(damping > 0, 1 / positive, jnp.nan) if complement else jnp.zeros_like(damping)
+    X = tree.cast_like(tree.combine(coefficients * (inverse - outside)[None], pairs.basis), V)
+    X = jax.tree.map(lambda x, v: x + outside.astype(v.dtype) * v, X, V) if complement else X
+    return X, jnp.all(usable)
+
+
+def _solve_by_block(pairs: LowRank, damping: Damping, V: PyTree, complement: bool) -> tuple[PyTree, Array]:
+    r"""Return the same with a diagonal D of dampings in place of $\lambda I$, and whether that can be.
+
+    By Woodbury, $(Q \Lambda Q^\top + D)^{-1} = D^{-1} - D^{-1} Q (I + \Lambda Q^\top D^{-1} Q)^{-1} \Lambda Q^\top
+    D^{-1}$; within the eigenpairs alone, $Q (\Lambda + Q^\top D Q)^{-1} Q^\top$.
+    """
+    values = pairs.values.astype(tree.gram(pairs.basis, pairs.basis).dtype)
+    if not complement:
+        damped = jax.tree.map(lambda q, d: q * d.astype(q.dtype), pairs.basis, each_leaf(damping, V))
+        inner = jnp.diag(values) + tree.gram(pairs.basis, damped)
+        X = tree.combine(jnp.linalg.solve(inner, tree.gram(V, pairs.basis).T).T, pairs.basis)
+        return tree.cast_like(X, V), jnp.all(jnp.isfinite(inner))
+    over, basis = divide(V, damping), divide(pairs.basis, damping)
+    inner = jnp.eye(len(values), dtype=values.dtype) + values[:, None] * tree.gram(pairs.basis, basis)
+    inside = jnp.linalg.solve(inner, values[:, None] * tree.gram(over, pairs.basis).T)
+    X = tree.subtract(over, tree.cast_like(tree.combine(inside.T, basis), V))
+    return X, jnp.all(jnp.isfinite(inner))
 
 
 def _check_rank(rank: int, op: LinearOperator) -> None:
@@ -136,20 +159,18 @@ class Arnoldi(LowRankSolver):
     def _more(self) -> str:
         return "raise rank, or steps"
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> LowRankState:
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> LowRankFit:
         key = check_key(key, "Arnoldi starts from a random vector; pass it to invert")
-        key_start, key_damping = jax.random.split(key)
         _check_rank(self.rank, op)
         steps = min(self.steps or 2 * self.rank + 20, op.size)
         fixed = lax.stop_gradient(op)
-        krylov = lanczos(fixed.mv, op.space, steps, key_start, fori_loop=fori_loop(op), layout=op.layout)
+        krylov = lanczos(fixed.mv, op.space, steps, key, fori_loop=fori_loop(op), layout=op.layout)
         kept = jnp.argsort(-jnp.abs(krylov.values))[: self.rank]
         pairs = LowRank(jax.tree.map(lambda x: x[kept], krylov.vectors), krylov.values[kept])
         found = jnp.all(krylov.residuals[kept] <= RITZ_TOLERANCE * jnp.max(jnp.abs(krylov.values)))
         if steps < op.size:
-            found &= _none_larger(fixed, pairs, jax.random.fold_in(key_start, steps))
-        damping = resolve_damping(self.damping, op, key_damping)
-        return LowRankState(op, damping, pairs, found, jnp.min(krylov.values))
+            found &= _none_larger(fixed, pairs, jax.random.fold_in(key, steps))
+        return LowRankFit(pairs, found, jnp.min(krylov.values))
 
 
 def _none_larger(op: LinearOperator, pairs: LowRank, key: Key) -> Array:
@@ -201,30 +222,26 @@ class Nystrom(LowRankSolver):
     def _more(self) -> str:
         return "raise rank"
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> LowRankState:
-        key_sketch, key_damping = jax.random.split(check_key(key, "Nystrom draws a random sketch; pass it to invert"))
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> LowRankFit:
+        key = check_key(key, "Nystrom draws a random sketch; pass it to invert")
         _check_rank(self.rank, op)
-        normal = jax.random.normal(key_sketch, (self.rank, op.size), wide_dtype(op.space))
-        sketch, _ = tree.orthonormal(tree.unflatten(normal, op.space))
-        return from_sketch(op, sketch, resolve_damping(self.damping, op, key_damping))
+        normal = jax.random.normal(key, (self.rank, op.size), wide_dtype(op.space))
+        return from_sketch(op, tree.orthonormal(tree.unflatten(normal, op.space))[0])
 
 
-def from_sketch(op: LinearOperator, sketch: PyTree, damping: float | Array) -> LowRankState:
-    r"""The state of `Nystrom` for a sketch of one's own.
+def from_sketch(op: LinearOperator, sketch: PyTree) -> LowRankFit:
+    r"""The fit of `Nystrom` for a sketch of one's own.
 
     Args:
       op: The operator.
       sketch: Stack $\Omega$ of independent vectors, leaves `(rank, *leaf)`.
-      damping: A non-negative number.
 
     Returns:
-      What `Nystrom.init` returns.
+      What `Nystrom.fit` returns.
 
     Raises:
-      TypeError: If the damping is no number.
-      ValueError: If it is negative, or the sketch is not a stack of vectors of the operator's space.
+      ValueError: If the sketch is not a stack of vectors of the operator's space.
     """
-    check_number(damping, "damping")
     tree.check_stack(sketch, op.space, "sketch")
     op, sketch = lax.stop_gradient(op), tree.promote(sketch)
     image = tree.promote(op.mm(sketch))
@@ -244,4 +261,4 @@ def from_sketch(op: LinearOperator, sketch: PyTree, damping: float | Array) -> L
     left, singular, _ = jnp.linalg.svd(triangle)
     pairs = LowRank(tree.combine(left.T, basis), jnp.maximum(singular**2 - shift, 0))
     lowest = jnp.min(values / jnp.diag(vectors.T @ overlap @ vectors)) - shift
-    return LowRankState(op, jnp.asarray(damping, dtype), pairs, lowest >= -RITZ_TOLERANCE * largest, lowest)
+    return LowRankFit(pairs, lowest >= -RITZ_TOLERANCE * largest, lowest)

@@ -2,29 +2,19 @@ r"""Preconditioners for conjugate gradients; `Nystrom` is another."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .. import tree
 from .._pytree import dataclass, static
-from .._typing import Array, Key, PyTree
+from .._typing import Key, PyTree
 from ..batching import check_key, check_positive, map_rows
 from ..curvature import LinearOperator, diagonal
 from ..curvature.capabilities import wide_dtype
 from .base import Solver, measured
-from .damping import RelativeDamping, check_damping, needs_damping, redamp, resolve_damping
+from .damping import Damping, DampingLike, check_damping, each_leaf, needs_damping
 from .info import Info
-
-
-class JacobiState(NamedTuple):
-    """The operator and its diagonal."""
-
-    op: LinearOperator
-    damping: Array  # ()
-    entries: PyTree  # leaves (*leaf), non-negative
 
 
 @needs_damping
@@ -54,7 +44,7 @@ class Jacobi(Solver):
     Reference: Bekas, Kokiopoulou & Saad 2007, doi:10.1016/j.apnum.2007.01.003.
     """
 
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
     probes: int | None = static(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -66,28 +56,23 @@ class Jacobi(Solver):
     def approximate(self) -> bool:
         return True
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> JacobiState:
-        key_damping, key_probes = (None, None) if key is None else jax.random.split(key)
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> PyTree:
         fixed = lax.stop_gradient(op)
         if self.probes is None:
             entries = diagonal(fixed)
         else:
-            entries = _hutchinson(fixed, self.probes, check_key(key_probes, "Jacobi draws probes; pass it to invert"))
+            entries = _hutchinson(fixed, self.probes, check_key(key, "Jacobi draws probes; pass it to invert"))
         entries = jax.tree.map(jnp.abs, tree.promote(entries))
         largest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in jax.tree.leaves(entries)]))
         floor = largest * jnp.finfo(largest.dtype).eps
-        entries = jax.tree.map(lambda leaf: jnp.maximum(leaf, floor.astype(leaf.dtype)), entries)
-        return JacobiState(op, resolve_damping(self.damping, op, key_damping), entries)
+        return jax.tree.map(lambda leaf: jnp.maximum(leaf, floor.astype(leaf.dtype)), entries)
 
-    def apply_many(self, state: JacobiState, V: PyTree) -> tuple[PyTree, Info]:
-        V, damping = tree.promote(V), state.damping
-        damped = jax.tree.map(lambda d: d + damping.astype(d.dtype), state.entries)
+    def solve(self, op: LinearOperator, damping: Damping, fit: PyTree, V: PyTree) -> tuple[PyTree, Info]:
+        V = tree.promote(V)
+        damped = jax.tree.map(lambda entry, d: entry + d.astype(entry.dtype), fit, each_leaf(damping, fit))
         # Without curvature and damping there is nothing to divide by: one keeps the preconditioner positive.
         X = jax.tree.map(lambda v, d: v / jnp.broadcast_to(jnp.where(d > 0, d, 1), v.shape), V, damped)
-        return X, measured(state.op, damping, X, V)
-
-    def with_damping(self, state: JacobiState, damping: Any, *, key: Key | None = None) -> tuple[Any, JacobiState]:
-        return redamp(self, state, damping, key)
+        return X, measured(op, damping, X, V)
 
 
 def _hutchinson(op: LinearOperator, probes: int, key: Key) -> PyTree:

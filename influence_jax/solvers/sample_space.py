@@ -16,16 +16,26 @@ from ..batching import chunk_for, map_chunks, sum_over
 from ..curvature import LinearOperator, root
 from ..curvature.exact import OverData, weighed
 from ..curvature.per_example import root_factors, row_count
-from .base import Solver, implicit_solve
-from .damping import RelativeDamping, check_damping, damped_product, needs_damping, redamp, resolve_damping
+from .base import Inverse, Solver, fitted, implicit_solve
+from .damping import (
+    BlockDamping,
+    Damping,
+    DampingLike,
+    check_damping,
+    damped_product,
+    each_leaf,
+    every_value,
+    needs_damping,
+)
 from .info import Info, more_damping, solved
 
 
-class SampleSpaceState(NamedTuple):
-    r"""Eigendecomposition of the kernel $\Omega^{1/2} R R^\top \Omega^{1/2}$ over M = examples times rows."""
+class Kernel(NamedTuple):
+    r"""Eigendecomposition of $\Omega^{1/2} R R^\top \Omega^{1/2}$ over M = examples times rows.
 
-    op: OverData
-    damping: Array  # ()
+    With a damping D for each block, of $\Omega^{1/2} R D^{-1} R^\top \Omega^{1/2}$.
+    """
+
     values: Array  # (M,)
     vectors: Array  # (M, M)
 
@@ -57,29 +67,28 @@ class SampleSpace(Solver):
 
     asks_sign: ClassVar[bool] = True
     needs_psd: ClassVar[bool] = True
-    damping: float | Array | RelativeDamping
+    damping: DampingLike
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def init(self, op: LinearOperator, *, key: Key | None = None) -> SampleSpaceState:
+    def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> Kernel:
         weights = _root_weights(op)  # raises for operators without examples
-        op = cast(OverData, op)
-        kernel = _kernel(lax.stop_gradient(op)) * weights[:, None] * weights[None]
+        op, damping = lax.stop_gradient((cast(OverData, op), damping))
+        kernel = _kernel(op, _unit(damping, op)) * weights[:, None] * weights[None]
         values, vectors = jnp.linalg.eigh(0.5 * (kernel + kernel.T))
-        return SampleSpaceState(op, resolve_damping(self.damping, op, key), jnp.maximum(values, 0), vectors)
+        return Kernel(jnp.maximum(values, 0), vectors)
 
-    def apply_many(self, state: SampleSpaceState, V: PyTree) -> tuple[PyTree, Info]:
-        return implicit_solve(state.op, state.damping, V, partial(_solve, lax.stop_gradient(state)))
+    def refit(self, inverse: Inverse, damping: Damping, *, key: Key | None = None) -> Kernel:
+        alike = not isinstance(damping, BlockDamping) and not isinstance(inverse.damping, BlockDamping)
+        return inverse.fit if alike else fitted(self, inverse.op, damping, key)
+
+    def solve(self, op: Any, damping: Damping, fit: Kernel, V: PyTree) -> tuple[PyTree, Info]:
+        return implicit_solve(op, damping, V, partial(_solve, *lax.stop_gradient((op, damping, fit))))
 
     def advice(self, info: Info) -> str:
         """Point to the damping, which the solution is divided by."""
         return f"{more_damping(self)}, which it divides by, or compute in 64-bit mode"
-
-    def with_damping(
-        self, state: SampleSpaceState, damping: Any, *, key: Key | None = None
-    ) -> tuple[Any, SampleSpaceState]:
-        return redamp(self, state, damping, key)
 
 
 def _root_weights(op: LinearOperator) -> Array:
@@ -97,44 +106,56 @@ def _chunk(op: OverData) -> int:
     return min(op.chunk or chunk_for(row_count(op) * op.size), op.count)
 
 
-def _kernel(op: OverData) -> Array:
+def _unit(damping: Damping, op: OverData) -> PyTree | None:
+    r"""$D^{-1/2}$, in whose units a damping for each block is the identity; None of one number for all."""
+    if not isinstance(damping, BlockDamping):
+        return None
+    return jax.tree.map(lambda d: 1 / jnp.sqrt(d), each_leaf(damping, op.space))
+
+
+def _rescaled(stack: PyTree, unit: PyTree | None) -> PyTree:
+    return stack if unit is None else jax.tree.map(lambda x, u: x * u.astype(x.dtype), stack, unit)
+
+
+def _kernel(op: OverData, unit: PyTree | None) -> Array:
     r"""$R R^\top$, `(M, M)`; rows are computed again for every pair of chunks."""
     rows = row_count(op)
     data, examples = weighed(op)
+    factors = lambda part: _rescaled(root_factors(op, examples(part)), unit)
 
     def against(left: PyTree, part: PyTree) -> Array:
-        return tree.gram(root_factors(op, examples(part)), left).reshape(tree.count(part), rows, -1)
+        return tree.gram(factors(part), left).reshape(tree.count(part), rows, -1)
 
     def strip(part: PyTree) -> Array:
-        left = root_factors(op, examples(part))
-        products = map_chunks(partial(against, left), data, chunk=_chunk(op))  # (N, C, B * C)
+        products = map_chunks(partial(against, factors(part)), data, chunk=_chunk(op))  # (N, C, B * C)
         return products.reshape(op.count * rows, -1).T.reshape(tree.count(part), rows, -1)
 
     return map_chunks(strip, data, chunk=_chunk(op)).reshape(op.count * rows, -1)
 
 
-def _solve(state: SampleSpaceState, B: PyTree) -> tuple[PyTree, Info]:
-    op, rows, chunk = state.op, row_count(state.op), _chunk(state.op)
-    weights, vectors = _root_weights(op), state.vectors
+def _solve(op: OverData, damping: Damping, fit: Kernel, B: PyTree) -> tuple[PyTree, Info]:
+    rows, chunk, unit = row_count(op), _chunk(op), _unit(damping, op)
+    weights, vectors = _root_weights(op), fit.vectors
     data, examples = weighed(op)
+    factors = lambda part: _rescaled(root_factors(op, examples(part)), unit)
+    rhs = _rescaled(B, unit)
 
     def images(part: PyTree) -> Array:
-        return tree.gram(root_factors(op, examples(part)), B).reshape(tree.count(part), rows, -1)
+        return tree.gram(factors(part), rhs).reshape(tree.count(part), rows, -1)
 
     def back(part: tuple[PyTree, Array], mask: Array) -> PyTree:
-        batch, coefficients = examples(part[0]), part[1]
-        coefficients = (coefficients * mask[:, None, None]).reshape(-1, coefficients.shape[-1])
-        return tree.combine(coefficients.T, root_factors(op, batch))
+        coefficients = (part[1] * mask[:, None, None]).reshape(-1, part[1].shape[-1])
+        return tree.combine(coefficients.T, factors(part[0]))
 
     image = weights[:, None] * map_chunks(images, data, chunk=chunk).reshape(op.count * rows, -1)
-    damping = state.damping.astype(image.dtype)
-    inner = jnp.matmul(vectors.T, image, precision=tree.HIGHEST) / (state.values + damping)[:, None]
+    added = jnp.ones((), image.dtype) if isinstance(damping, BlockDamping) else damping.astype(image.dtype)
+    inner = jnp.matmul(vectors.T, image, precision=tree.HIGHEST) / (fit.values + added)[:, None]
     inner = weights[:, None] * jnp.matmul(vectors, inner, precision=tree.HIGHEST)
     inside, _ = sum_over(back, (data, inner.reshape(op.count, rows, -1)), chunk=chunk, dtype=image.dtype)
-    X = jax.tree.map(lambda b, r: ((b - r) / damping).astype(b.dtype), B, inside)
+    X = _rescaled(jax.tree.map(lambda b, r: ((b - r) / added).astype(b.dtype), rhs, inside), unit)
     norm = tree.norms(B)
     tolerance = jnp.full_like(norm, jnp.finfo(norm.dtype).eps ** 0.5)
-    # With fewer rows than parameters there are directions without curvature.
-    smallest = jnp.min(state.values) if op.count * rows >= op.size else jnp.zeros((), damping.dtype)
-    lowest = jnp.broadcast_to(smallest + damping, norm.shape).astype(norm.dtype)
-    return solved(partial(damped_product, op, state.damping), X, B, tolerance, jnp.zeros(norm.shape, jnp.int32), lowest)
+    # With fewer rows than parameters there are directions without curvature; in other units there is no telling.
+    smallest = jnp.min(fit.values) if op.count * rows >= op.size and unit is None else jnp.zeros((), added.dtype)
+    lowest = jnp.broadcast_to(smallest + jnp.min(every_value(damping)), norm.shape).astype(norm.dtype)
+    return solved(partial(damped_product, op, damping), X, B, tolerance, jnp.zeros(norm.shape, jnp.int32), lowest)

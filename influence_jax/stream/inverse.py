@@ -19,7 +19,7 @@ from ..curvature import LinearOperator, ekfac as ekfac_in_memory, kfac as kfac_i
 from ..objective import Objective
 from ..solvers import Direct, Eigh, Inverse, Solver, invert as invert_operator
 from ..solvers.base import check_solver
-from ..solvers.lowrank import LowRankState
+from ..solvers.lowrank import LowRankSolver
 from .kronecker import ekfac, kfac
 from .loaders import Blocks
 from .operators import Curvature, operator
@@ -89,11 +89,10 @@ def invert(
     if isinstance(solver, Direct | Eigh):
         return invert_operator(Dense(op.params, to_dense(op), op.psd), solver, key=key)
     inverse = invert_operator(op, solver, key=key)
-    if not isinstance(inverse.state, LowRankState):
+    if not isinstance(solver, LowRankSolver):
         return inverse
     # The eigenpairs are all that solving takes; only the residual would read the data once more.
-    read = Read(op.params, op.psd)
-    return dataclasses.replace(inverse, op=read, state=inverse.state._replace(op=read))
+    return dataclasses.replace(inverse, op=Read(op.params, op.psd))
 
 
 @dataclass
