@@ -441,21 +441,22 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
             check_losses(op)
             op = _with_sign(op, solver)
         key_damping, key_fit = (None, None) if key is None else jax.random.split(key)
-        damping = resolve_damping(solver, op, key_damping)
+        damping, noise = resolve(solver.asked(op), op, key_damping)
+        check_positive_means(damping, solver, op)
         fit = fitted(solver, op, damping, key_fit)
         if op.on_host:
             check_losses(op)  # unless a pass over the loader has shown them
     is_fitted = lambda x: isinstance(x, Fitted)
     for part in filter(is_fitted, jax.tree.leaves(fit, is_leaf=is_fitted)):
         check_positive_means(part.damping, solver, op)
+    warn_of_noise(noise, op)
     return Inverse(op, solver, damping, fit)
 
 
 def resolve_damping(solver: Solver, op: LinearOperator, key: Key | None) -> Damping:
-    """Return the absolute damping of a solver on an operator; on the host, name blocks that are rounding."""
-    damping, noise = resolve(solver.asked(op), op, key)
+    """Return the absolute damping of a solver on an operator."""
+    damping = resolve(solver.asked(op), op, key)[0]
     check_positive_means(damping, solver, op)
-    warn_of_noise(noise, op)
     return damping
 
 
