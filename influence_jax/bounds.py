@@ -15,7 +15,7 @@ from ._mesh import compiled
 from ._typing import Array, PyTree
 from .batching import as_batch, chunk_for, map_chunks
 from .blocks import select
-from .curvature import GGN, LinearOperator, Restricted, Scaled, Sum
+from .curvature import GGN, Identity, LinearOperator, Restricted, Scaled, Sum
 from .curvature.capabilities import wide_dtype
 from .curvature.exact import weighed
 from .curvature.fisher import MAX_OUTPUTS
@@ -101,6 +101,11 @@ def _(op: GGN) -> Array:
     convex = lambda z: jnp.all(jnp.isfinite(loss_square_root(op.split, floating_output(op.split, params, z), z)))
     all_convex = map_chunks(lambda part: jax.vmap(convex)(examples(part)), data, chunk=op.chunk)
     return jnp.where(jnp.all(all_convex), zero, -jnp.inf)
+
+
+@lower_bound.register
+def _(op: Identity) -> Array:
+    return jnp.ones((), wide_dtype(op.space))
 
 
 @lower_bound.register

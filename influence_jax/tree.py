@@ -311,6 +311,11 @@ def add(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, a, b)
 
 
+def total(trees: Sequence[PyTree]) -> PyTree:
+    """Return the sum of trees, of which there is at least one."""
+    return jax.tree.map(lambda first, *rest: sum(rest, first), *trees)
+
+
 def subtract(a: PyTree, b: PyTree) -> PyTree:
     """Difference of two trees of equal structure."""
     return jax.tree.map(jnp.subtract, a, b)

@@ -120,7 +120,9 @@ class TestInfluence:
     def test_one_fit_serves_a_grid_of_dampings(self):
         case = mlp_case()
         op = jnp.array(2.0) * ij.ekfac(case.objective, case.params, case.data)
-        assert (2.0 * op).psd is op.psd is (-1.0 * op).psd is False
+        assert (2.0 * op).psd
+        assert op.psd
+        assert not (-1.0 * op).psd
         inverse, v = ij.invert(op, ij.Direct(1.0)), random_like(KEY, case.params)
         sweep = jax.vmap(lambda damping: inverse.with_damping(damping).mv(v))(jnp.array([0.1, 1.0, 10.0]))
         for index, damping in enumerate((0.1, 1.0, 10.0)):

@@ -1,5 +1,7 @@
 """Laws of every kind of operator: linear, self-adjoint, one matrix, and what its structure gives in closed form."""
 
+import dataclasses
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -90,7 +92,14 @@ def test_psd_is_true_where_claimed(all_operators, name):
 def test_multiples_that_are_not_psd(all_operators):
     op = all_operators["GGN"]
     assert not (-1.0 * op).psd
-    assert not (jnp.array(2.0) * op).psd, "a traced or array factor has an unknown sign"
+    assert all((factor * op).psd for factor in (jnp.array(2.0), np.float32(2.0), 2)), "whatever the factor is made of"
+    assert not jax.jit(lambda factor: jnp.array((factor * settled(op)).psd))(2.0), "a traced one has an unknown sign"
+    assert not (-op).psd
+    assert not (op - op).psd
+    assert (op / jnp.array(2.0)).psd
+    assert (-1 * -op).psd
+    vouched = (-op).assume_psd(), 2.0 * (-op).assume_psd(), dataclasses.replace(op, convex=False).assume_psd()
+    assert all(each.psd for each in vouched), "whoever knows more can say so"
     assert (op + op).psd
     kept = jax.jit(lambda op: jnp.array(ij.restrict(2.0 * op, ("layer0/bias",)).psd))
     assert kept(settled(op)), "what has been found out is kept through tracing"

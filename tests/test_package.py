@@ -42,9 +42,9 @@ LAYERS = [
         "curvature.operator",
         "curvature.loops",
         "curvature.capabilities",
-        "curvature.algebra",
         "curvature.blocked",
         "curvature.structured",
+        "curvature.algebra",
     ],
     [
         "curvature.projected",

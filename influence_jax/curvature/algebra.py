@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Sequence
+from functools import singledispatch
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import tree
 from .._typing import Array, Key, PyTree
-from .capabilities import Root, Spectral, diagonal, minibatch, restrict, root, spectral, sums, to_dense, trace
+from ..blocks import Block
+from .blocked import diagonal_blocks, whole
+from .capabilities import (
+    Root,
+    Spectral,
+    Unsupported,
+    diagonal,
+    minibatch,
+    restrict,
+    root,
+    spectral,
+    sums,
+    to_dense,
+    trace,
+    unsupported,
+)
 from .operator import LinearOperator, Scaled, Sum
+from .structured import Identity
 
 
 @minibatch.register
@@ -36,6 +55,59 @@ def _(op: Scaled) -> Spectral:
     return inner._replace(values=tree.scale(op.factor, inner.values))
 
 
+@singledispatch
+def identities(op: LinearOperator) -> Array | float | None:
+    """How many times the identity an operator is; None of one that is not known to be a multiple of it."""
+    return None
+
+
+@identities.register
+def _(op: Identity) -> float:
+    return 1.0
+
+
+@identities.register
+def _(op: Scaled) -> Array | float | None:
+    times = identities(op.op)
+    return None if times is None else op.factor * times
+
+
+@identities.register
+def _(op: Sum) -> Array | float | None:
+    times: list[Any] = [identities(term) for term in op.terms]
+    return None if any(c is None for c in times) else sum(times)
+
+
+def _shift(op: Sum) -> tuple[LinearOperator, Array | float]:
+    """Split a sum into the one term that is no multiple of the identity, and the multiple that is added to it."""
+    times: list[Any] = [identities(term) for term in op.terms]
+    others = [place for place, c in enumerate(times) if c is None] or [0]
+    if len(others) > 1:
+        raise unsupported(spectral, op, "a closed-form solve")
+    return op.terms[others[0]], sum(c for place, c in enumerate(times) if place != others[0])
+
+
+@spectral.register
+def _(op: Sum) -> Spectral:
+    r"""The eigenvalues of $A + c I$ are those of A, and c."""
+    term, shift = _shift(op)
+    inner = spectral(term)
+    return inner._replace(values=jax.tree.map(lambda value: value + jnp.asarray(shift, value.dtype), inner.values))
+
+
+@diagonal_blocks.register
+def _(op: Sum) -> OrderedDict[str, Block]:
+    try:
+        return diagonal_blocks(_shift(op)[0])
+    except Unsupported:
+        return whole(op)
+
+
+@diagonal_blocks.register
+def _(op: Scaled) -> OrderedDict[str, Block]:
+    return diagonal_blocks(op.op)
+
+
 @sums.register
 def _(op: Scaled, V: PyTree) -> tuple[PyTree, Array]:
     total, weight = sums(op.op, V)
@@ -54,7 +126,7 @@ def _(op: Scaled, block: Sequence[str]) -> LinearOperator:
 
 @to_dense.register
 def _(op: Sum) -> Array:
-    return sum((to_dense(term) for term in op.terms[1:]), to_dense(op.terms[0]))
+    return tree.total([to_dense(term) for term in op.terms])
 
 
 @to_dense.register
@@ -64,7 +136,7 @@ def _(op: Scaled) -> Array:
 
 @diagonal.register
 def _(op: Sum) -> PyTree:
-    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(diagonal(term) for term in op.terms))
+    return tree.total([diagonal(term) for term in op.terms])
 
 
 @diagonal.register

@@ -32,4 +32,9 @@ def diagonal_blocks(op: LinearOperator) -> OrderedDict[str, Block]:
     """
     if not isinstance(op, LinearOperator):
         raise unsupported(diagonal_blocks, op, "a solve block by block")
+    return whole(op)
+
+
+def whole(op: LinearOperator) -> OrderedDict[str, Block]:
+    """Return the one block of all leaves."""
     return OrderedDict({"": tuple(name for name, _ in tree.named_leaves(op.space))})

@@ -19,7 +19,7 @@ from .._mesh import compiled
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import map_rows
-from .operator import LinearOperator, Scaled, Sum
+from .operator import LinearOperator, Scaled, Sum, Wrapper
 
 # Up to this many parameters a trace without closed form is summed exactly, one product per parameter.
 EXACT_TRACE_SIZE = 4096
@@ -381,7 +381,7 @@ def _hutchinson_trace(op: LinearOperator, key: Key) -> Array:
 
 
 @dataclass
-class Restricted(LinearOperator):
+class Restricted(Wrapper):
     """The diagonal block of an operator that has no cheaper way to be restricted: embed zeros, apply, select.
 
     Vectors are flat dicts `{name: leaf}`.
@@ -394,32 +394,34 @@ class Restricted(LinearOperator):
         tree.check_vector(v, self.space, "v")
         return blocks.select(self.op.mv(blocks.embed(v, tree.cast_space(self.op.space, v))), self.block)
 
+    def mm(self, V: PyTree) -> PyTree:
+        tree.check_stack(V, self.space, "V")
+        return (_embedded_product if self.on_host else _compiled_embedded_product)(self, V)
+
+    @property
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return (self.op,)
+
     @property
     def space(self) -> PyTree:
         return blocks.select(self.op.space, self.block)
 
     @property
-    def psd(self) -> bool:
-        return self.op.psd
-
-    @property
-    def symmetric(self) -> bool:
-        return self.op.symmetric
-
-    @property
-    def is_curvature(self) -> bool:
-        return self.op.is_curvature
-
-    @property
     def fitted_at(self) -> tuple[PyTree, ...]:
         return tuple(blocks.select(at, self.block) for at in self.op.fitted_at)
 
-    @property
-    def rhs_chunk(self) -> int | None:
-        return self.op.rhs_chunk
-
     def __repr__(self) -> str:
         return _reprs.call(self, repr(self.op), _reprs.some(self.block))
+
+
+def _embedded_product(op: Restricted, V: PyTree) -> PyTree:
+    rows = tree.count(V)
+    stacked = lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype)
+    space = jax.tree.map(stacked, tree.cast_space(op.op.space, V))
+    return blocks.select(op.op.mm(blocks.embed(V, space)), op.block)
+
+
+_compiled_embedded_product = compiled(_embedded_product)
 
 
 @settled.register

@@ -206,6 +206,9 @@ class GGN(OverData):
             set_field(self, "_convexity", found)
         return getattr(self, "_convexity", None)
 
+    def assume_psd(self) -> GGN:
+        return dataclasses.replace(self, convex=True)
+
     def sum_product(self, params: PyTree, batch: PyTree, weights: Array, v: PyTree) -> PyTree:
         def outputs(p: PyTree) -> PyTree:
             return jax.vmap(partial(floating_output, self.split, p))(batch)

@@ -2,7 +2,6 @@ r"""Kronecker-factored curvature as an operator: rotations of both sides of ever
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from .capabilities import (
     trace,
     wide_dtype,
 )
-from .operator import LinearOperator, Scaled
+from .operator import LinearOperator
 
 
 @dataclass
@@ -108,15 +107,6 @@ class Kronecker(LinearOperator):
     @property
     def fitted_at(self) -> tuple[PyTree, ...]:
         return (self.space,)
-
-    def __mul__(self, factor: float | Array) -> LinearOperator:
-        scaled = LinearOperator.__mul__(self, factor)
-        if not isinstance(scaled, Scaled):
-            return NotImplemented
-        layers = (dataclasses.replace(x, values=tree.scale(scaled.factor, x.values)) for x in self.layers)
-        return Kronecker(self.params, tuple(layers), scaled.psd)
-
-    __rmul__ = __mul__
 
     @property
     def blocks(self) -> OrderedDict[str, blocks.Block]:

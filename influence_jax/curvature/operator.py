@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from .. import _reprs, tree
 from .._mesh import compiled
-from .._pytree import dataclass, static
+from .._pytree import dataclass, set_field, static
 from .._typing import Array, LossFunction, PyTree
 from ..batching import map_rows
 from ..gradients import mixed_product, per_example_grads
@@ -123,8 +124,8 @@ class LinearOperator(abc.ABC):
     """A self-adjoint map on trees shaped like `space`.
 
     Subclasses define `mv` and `space`, and are pytrees if they are to be arguments of compiled programs; that suffices
-    for all iterative solvers. `a + b` and `2.0 * a` are operators, too; what else one may offer is asked for by
-    functions, such as `diagonal` and `spectral`.
+    for all iterative solvers. `a + b`, `a - b`, `2.0 * a`, `a / 2` and `-a` are operators, too; what else one may offer
+    is asked for by functions, such as `diagonal` and `spectral`.
 
     Example:
       >>> import dataclasses
@@ -203,18 +204,29 @@ class LinearOperator(abc.ABC):
         """The form `u, v -> uᵀ A v` on stacks, gradients and mixed derivatives."""
         return BilinearForm(self)
 
+    def assume_psd(self) -> LinearOperator:
+        """The same operator, which whoever asks for this vouches to be positive semi-definite."""
+        return Scaled(self, 1.0, assumed=True)
+
     def __add__(self, other: LinearOperator) -> LinearOperator:
         return Sum((self, other)) if isinstance(other, LinearOperator) else NotImplemented
-
-    def __mul__(self, factor: float | Array) -> LinearOperator:
-        if isinstance(factor, LinearOperator):
-            return NotImplemented
-        return Scaled(self, factor, isinstance(factor, int | float) and bool(factor >= 0))
 
     def __radd__(self, other: int) -> LinearOperator:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # sum(operators) starts at 0
 
+    def __neg__(self) -> LinearOperator:
+        return -1.0 * self
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return self + -other if isinstance(other, LinearOperator) else NotImplemented
+
+    def __mul__(self, factor: float | Array) -> LinearOperator:
+        return NotImplemented if isinstance(factor, LinearOperator) else Scaled(self, factor)
+
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Array) -> LinearOperator:
+        return NotImplemented if isinstance(divisor, LinearOperator) else Scaled(self, 1 / _nonzero(divisor))
 
     def __repr__(self) -> str:
         return _reprs.call(self, _reprs.parameters(self.space))
@@ -225,8 +237,61 @@ def _map_mv(op: LinearOperator, V: PyTree) -> PyTree:
     return map_rows(op.mv, V, op.rhs_chunk)
 
 
+def _nonzero(divisor: Any) -> Any:
+    """Return a divisor, unless it is known to be zero."""
+    known = _reprs.numbers(divisor)
+    if known is not None and known.size == 1 and known == 0:
+        raise ValueError(f"divisor: got {divisor!r}, expected a number other than zero")
+    return divisor
+
+
+class Wrapper(LinearOperator):
+    """An operator made of others on the same space, which has the properties of its parts; abstract."""
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> tuple[LinearOperator, ...]:
+        """What it is made of."""
+
+    @property
+    def space(self) -> PyTree:
+        return self.parts[0].space
+
+    @property
+    def psd(self) -> bool:
+        return all(part.psd for part in self.parts)
+
+    @property
+    def symmetric(self) -> bool:
+        return all(part.symmetric for part in self.parts)
+
+    @property
+    def on_host(self) -> bool:
+        return any(part.on_host for part in self.parts)
+
+    @property
+    def is_curvature(self) -> bool:
+        return any(part.is_curvature for part in self.parts)
+
+    @property
+    def fitted_at(self) -> tuple[PyTree, ...]:
+        return tuple(at for part in self.parts for at in part.fitted_at)
+
+    @property
+    def at_hand(self) -> bool:
+        return all(part.at_hand for part in self.parts)
+
+    @property
+    def layout(self) -> Layout:
+        return next((part.layout for part in self.parts if part.layout.params), Layout())
+
+    @property
+    def rhs_chunk(self) -> int | None:
+        return min((part.rhs_chunk for part in self.parts if part.rhs_chunk is not None), default=None)
+
+
 @dataclass
-class Sum(LinearOperator):
+class Sum(Wrapper):
     """The sum of operators on one space; written `a + b`.
 
     Example:
@@ -243,58 +308,31 @@ class Sum(LinearOperator):
             tree.check_vector(term.space, self.terms[0].space, "sum of operators")
 
     def mv(self, v: PyTree) -> PyTree:
-        return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(term.mv(v) for term in self.terms))
+        return tree.total([term.mv(v) for term in self.terms])
 
     def mm(self, V: PyTree) -> PyTree:
-        return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(term.mm(V) for term in self.terms))
+        return tree.total([term.mm(V) for term in self.terms])
 
     @property
-    def space(self) -> PyTree:
-        return self.terms[0].space
-
-    @property
-    def psd(self) -> bool:
-        return all(term.psd for term in self.terms)
-
-    @property
-    def symmetric(self) -> bool:
-        return all(term.symmetric for term in self.terms)
-
-    @property
-    def on_host(self) -> bool:
-        return any(term.on_host for term in self.terms)
-
-    @property
-    def is_curvature(self) -> bool:
-        return any(term.is_curvature for term in self.terms)
-
-    @property
-    def fitted_at(self) -> tuple[PyTree, ...]:
-        return tuple(at for term in self.terms for at in term.fitted_at)
-
-    @property
-    def layout(self) -> Layout:
-        return next((term.layout for term in self.terms if term.layout.params), Layout())
-
-    @property
-    def rhs_chunk(self) -> int | None:
-        chunks = [term.rhs_chunk for term in self.terms if term.rhs_chunk is not None]
-        return min(chunks, default=None)
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return self.terms
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.terms))
 
 
 @dataclass
-class Scaled(LinearOperator):
-    """A multiple of an operator; written `2.0 * op`.
+class Scaled(Wrapper):
+    """A multiple of an operator; written `2.0 * op`, `-op` or `op / 2`.
 
-    It counts as positive semi-definite only if the operator does and the factor is a non-negative Python number.
+    Positive semi-definite if the operator is, and the factor is known not to be negative: it may be an array, but not a
+    traced one.  `op.assume_psd()` vouches for more.
     """
 
     op: LinearOperator
     factor: Array | float
-    keeps_sign: bool = static(default=False)
+    keeps_sign: bool = static(default=False)  # kept, for a factor is traced in compiled programs
+    assumed: bool = static(default=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.factor, int | float | np.ndarray | np.generic | jax.Array):
@@ -304,6 +342,8 @@ class Scaled(LinearOperator):
         known = _reprs.numbers(self.factor)
         if known is not None and not np.isfinite(known):
             raise ValueError(f"factor: got {self.factor}, expected a finite number")
+        if known is not None:
+            set_field(self, "keeps_sign", bool(known >= 0))
 
     def mv(self, v: PyTree) -> PyTree:
         return tree.scale(self.factor, self.op.mv(v))
@@ -312,36 +352,19 @@ class Scaled(LinearOperator):
         return tree.scale(self.factor, self.op.mm(V))
 
     @property
-    def space(self) -> PyTree:
-        return self.op.space
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return (self.op,)
 
     @property
     def psd(self) -> bool:
-        return self.op.psd and self.keeps_sign
+        return self.assumed or (self.keeps_sign and self.op.psd)
 
-    @property
-    def symmetric(self) -> bool:
-        return self.op.symmetric
+    def __mul__(self, factor: float | Array) -> LinearOperator:
+        if self.assumed or isinstance(factor, LinearOperator):
+            return LinearOperator.__mul__(self, factor)
+        return Scaled(self.op, factor * self.factor)
 
-    @property
-    def on_host(self) -> bool:
-        return self.op.on_host
-
-    @property
-    def is_curvature(self) -> bool:
-        return self.op.is_curvature
-
-    @property
-    def fitted_at(self) -> tuple[PyTree, ...]:
-        return self.op.fitted_at
-
-    @property
-    def layout(self) -> Layout:
-        return self.op.layout
-
-    @property
-    def rhs_chunk(self) -> int | None:
-        return self.op.rhs_chunk
+    __rmul__ = __mul__
 
     def __repr__(self) -> str:
         inner = f"({self.op!r})" if isinstance(self.op, Sum) else repr(self.op)

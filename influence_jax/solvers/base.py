@@ -24,7 +24,7 @@ from ..curvature import LinearOperator, check_losses
 from ..curvature.capabilities import not_convex_because, settled
 from ..curvature.convexity import is_at_hand
 from ..curvature.loops import refuse_tracing
-from ..curvature.operator import Scaled, Sum
+from ..curvature.operator import Scaled, Sum, Wrapper
 from .damping import (
     Asked,
     Damping,
@@ -178,7 +178,7 @@ def measured(op: LinearOperator, damping: Damping, X: PyTree, V: PyTree, lowest:
 
 
 @dataclass
-class Inverse(LinearOperator):
+class Inverse(Wrapper):
     r"""An operator inverted by a solver, $v \mapsto (A + \lambda I)^{-1} v$: itself a linear operator.
 
     Made by `invert`.
@@ -287,12 +287,8 @@ class Inverse(LinearOperator):
         return self.solver.holds(self.op)
 
     @property
-    def space(self) -> PyTree:
-        return self.op.space
-
-    @property
-    def psd(self) -> bool:
-        return self.op.psd
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return (self.op,)
 
     @property
     def symmetric(self) -> bool:
@@ -300,16 +296,12 @@ class Inverse(LinearOperator):
         return self.solver.symmetric
 
     @property
-    def on_host(self) -> bool:
-        return self.op.on_host
-
-    @property
     def is_curvature(self) -> bool:
         return isinstance(self.op, Inverse) and self.op.op.is_curvature  # inverted twice, it is one again
 
     @property
-    def fitted_at(self) -> tuple[PyTree, ...]:
-        return self.op.fitted_at
+    def at_hand(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         blocks = _reprs.counted(len(self.fit), "block") if isinstance(self.fit, dict) else ""  # as Blockwise has
@@ -503,8 +495,7 @@ def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]
         return tree.scale(op.factor, X), info
     if isinstance(op, Sum):
         parts = [solve_with_info(term, V) for term in op.terms]
-        X = jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), *(x for x, _ in parts))
-        return X, worst([info for _, info in parts if info is not None])
+        return tree.total([x for x, _ in parts]), worst([info for _, info in parts if info is not None])
     return op.mm(V), None
 
 

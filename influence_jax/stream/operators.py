@@ -277,7 +277,7 @@ def _added(total: PyTree, summed: PyTree) -> PyTree:
 @compiled
 def _divided(sums: Sequence[tuple[PyTree, Array]]) -> PyTree:
     means = [jax.tree.map(lambda x, m=mass: x / m.astype(x.dtype), summed) for summed, mass in sums]
-    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *means)
+    return tree.total(means)
 
 
 @check_losses.register
