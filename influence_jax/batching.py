@@ -491,10 +491,24 @@ def map_over(fn: Callable[[PyTree], PyTree], batch: PyTree, *, chunk: int | None
 
 def map_rows(fn: Callable[[PyTree], PyTree], stack: PyTree, rhs_chunk: int | None = None) -> PyTree:
     """Apply `fn` to every row of a stack, `rhs_chunk_or_default` at once."""
-    chunk = rhs_chunk_or_default(rhs_chunk)
-    if chunk == 1:
+    rows = tree.count(stack)
+    chunks = -(-rows // min(rhs_chunk_or_default(rhs_chunk), rows))
+    if chunks == rows:
         return lax.map(fn, stack)
-    return map_chunks(jax.vmap(fn), stack, chunk=chunk, shared=False)
+    if chunks == 1:
+        return jax.vmap(fn)(stack)
+    length = -(-rows // chunks)
+    # The last chunk ends with the last row, and has some of the one before again: a slice costs less than a gather.
+    starts = jnp.minimum(jnp.arange(chunks, dtype=jnp.int32) * length, rows - length)
+    part = lambda start: jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length), stack)
+    again = chunks * length - rows
+
+    def join(x: Array) -> Array:
+        whole = x.reshape(-1, *x.shape[2:])
+        last = whole.shape[0] - length
+        return jnp.concatenate([whole[:last], whole[last + again :]]) if again else whole
+
+    return jax.tree.map(join, lax.map(lambda start: jax.vmap(fn)(part(start)), starts))
 
 
 @compiled

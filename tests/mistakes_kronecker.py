@@ -121,12 +121,6 @@ KRONECKER = [
         ["mask", "(3,)", "(3, 1)"],
     ),
     (
-        "relative damping of blocks for a solver with one",
-        lambda: ij.invert(kronecker(), ij.CG(ij.RelativeDamping(0.1))),
-        ValueError,
-        ["damping", "each block", "Direct", "Blockwise"],
-    ),
-    (
         "share of an unknown kind",
         lambda: ij.coverage(OBJECTIVE, PARAMS, jax.tree.map(lambda x: x[0], BATCH)).share("matrx"),
         ValueError,

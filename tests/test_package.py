@@ -53,6 +53,7 @@ LAYERS = [
         "curvature.convexity",
         "curvature.parts",
         "curvature.exact",
+        "curvature.flat",
         "curvature.masks",
         "curvature.labels",
         "curvature.fisher",

@@ -17,25 +17,29 @@ from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..batching import check_key, check_positive
 from .capabilities import check_losses, wide_dtype
+from .flat import flattened
 from .layout import Layout, constrain
 from .loops import fori_loop
 from .operator import LinearOperator
 
 
-class Krylov(NamedTuple):
-    r"""Ritz pairs of an operator, ascending.
+class Basis(NamedTuple):
+    r"""What Lanczos finds: $A Q^\top = Q^\top T + r\,e_m^\top$.
 
     Attributes:
-      values: `(m,)`.
-      vectors: Orthonormal stack, leaves `(m, *leaf)`.
-      residuals: $\|A q - \theta q\|$ of each pair, `(m,)`.
-      first: First entries of the eigenvectors of the tridiagonal matrix, `(m,)`: their squares weigh a density.
+      vectors: $Q$, orthonormal stack, leaves `(m, *leaf)`.
+      matrix: $T = Q A Q^\top$, `(m, m)`, tridiagonal to rounding.
+      lengths: Of the rest r after each step, `(m,)`; zero where the space is exhausted.
     """
 
-    values: Array
     vectors: PyTree
-    residuals: Array
-    first: Array
+    matrix: Array
+    lengths: Array
+
+    def pairs(self, steps: int) -> tuple[Array, Array, Array]:
+        """Return Ritz values of the first `steps` vectors, eigenvectors of T in columns, and residuals."""
+        values, vectors = jnp.linalg.eigh(self.matrix[:steps, :steps])
+        return values, vectors, jnp.abs(self.lengths[steps - 1] * vectors[-1])
 
 
 def lanczos(
@@ -45,69 +49,100 @@ def lanczos(
     key: Key,
     *,
     layout: Layout,
+    check: int = 0,
     fori_loop: Callable[..., PyTree] = lax.fori_loop,
-) -> Krylov:
-    """Lanczos tridiagonalisation with full reorthogonalisation, twice, from a random start.
+) -> Basis:
+    r"""Lanczos tridiagonalisation with full reorthogonalisation, twice, from a random start.
 
-    Where the Krylov space is exhausted (fewer distinct eigenvalues than steps) it goes on from a new random direction,
-    so that `steps = size` gives all eigenpairs.
+    $\beta_{k+1} q_{k+1} = A q_k - \alpha_k q_k - \beta_k q_{k-1}$, and what rounding leaves of it along the others is
+    taken off.  Where the Krylov space is exhausted (fewer distinct eigenvalues than steps) it goes on from another
+    direction, so that `steps = size` gives all eigenpairs.
 
     Args:
       mv: Product with one vector.
       space: The parameters.
       steps: Dimension m of the space, at most the number of parameters.
-      key: For the random directions.
+      key: For the random start.
       layout: How vectors are laid out on a mesh.
+      check: Steps more, from another start outside of the space; at most the number of parameters in all.
       fori_loop: `lax.fori_loop`, or a host loop of the same signature when `mv` reads data from outside.
     """
     dtype, size = wide_dtype(space), tree.size(space)
-    keys = jax.random.split(key, steps + 1)
+    start = tree.unflatten(jax.random.normal(key, (size,), dtype), space)
+    total = steps + check
 
-    def step(index: Array, carry: tuple) -> tuple:
-        basis, *rest = _extended(index, carry, tree.promote(mv(carry[2])), keys[index + 1])
-        return constrain(basis, layout), *rest
+    def step(index: Array, it: _Step) -> _Step:
+        it = _extended(index, it, tree.promote(mv(it.q)), start, steps - 1 if check else total)
+        return it._replace(basis=constrain(it.basis, layout))
 
-    start = tree.unflatten(jax.random.normal(keys[0], (size,), dtype), space)
-    start = tree.scale(1 / _norm(start), start)
-    basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), start)
-    carry = (basis, jnp.zeros((steps, steps), dtype), start, jnp.zeros((), dtype), jnp.zeros((), dtype))
-    basis, matrix, _, _, beta = fori_loop(0, steps, lambda i, c: step(i, c[:4]), carry)
+    first = _Step(
+        basis=jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), start),
+        matrix=jnp.zeros((total, total), dtype),
+        lengths=jnp.zeros(total, dtype),
+        q=tree.scale(1 / _length(start), start),
+        scale=jnp.zeros((), dtype),
+    )
+    end = fori_loop(0, total, step, first)
     # Row i holds <q_j, A q_i> for j <= i: tridiagonal but for rounding and restarts.
-    lower = jnp.tril(matrix, -1)
-    values, vectors = jnp.linalg.eigh(lower + lower.T + jnp.diag(jnp.diag(matrix)))
-    return Krylov(values, constrain(tree.combine(vectors.T, basis), layout), jnp.abs(beta * vectors[-1]), vectors[0])
+    lower = jnp.tril(end.matrix, -1)
+    return Basis(end.basis, lower + lower.T + jnp.diag(jnp.diag(end.matrix)), end.lengths)
 
 
-def _norm(vector: PyTree) -> Array:
+class _Step(NamedTuple):
+    """State of Lanczos; rows that are yet to come are zero."""
+
+    basis: PyTree  # (m, *leaf)
+    matrix: Array  # (m, m)
+    lengths: Array  # (m,)
+    q: PyTree  # the next vector
+    scale: Array  # () largest product
+
+
+def _length(vector: PyTree) -> Array:
     return jnp.sqrt(tree.dot(vector, vector))
 
 
 @compiled
-def _extended(index: Array, carry: tuple, product: PyTree, key: Key) -> tuple:
-    """One more direction: the basis with q in row `index`, the matrix with its products, and the next q."""
-    basis, matrix, q, scale = carry
-    basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), basis, q)
-    scale, dtype, size = jnp.maximum(scale, _norm(product)), matrix.dtype, tree.size(product)
+def _extended(index: Array, it: _Step, product: PyTree, start: PyTree, last: int) -> _Step:
+    """One more direction: the basis with q in row `index`, the matrix with its products, and the next q.
 
-    def twice(vector: PyTree) -> tuple[PyTree, Array]:
-        # Because once leaves rounding behind; a scan, for two passes in a row would each be compiled.
-        rest, products = lax.scan(lambda rest, _: _orthogonal(basis, rest), vector, length=2)
-        return rest, products[0]
+    Once is not enough to take off what lies along the basis, for rounding is left behind; twice is.  Of an exhausted
+    space, and after the step `last`, another start is made of the first one, and what lies along the basis is taken off
+    that: of entries x the numbers cos 4kx, which are as independent as random ones.
+    """
+    basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), it.basis, it.q)
+    scale, dtype, size = jnp.maximum(it.scale, _length(product)), it.matrix.dtype, tree.size(product)
+    noise = 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
 
-    rest, coefficients = twice(product)
-    beta = _norm(rest)
-    exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
-    fresh = lambda: tree.unflatten(jax.random.normal(key, (size,), dtype), product)
-    rest = lax.cond(exhausted, lambda: twice(fresh())[0], lambda: rest)
-    length = _norm(rest)
-    q = tree.scale(1 / jnp.where(length > 0, length, 1), rest)
-    return basis, matrix.at[index].set(coefficients), q, scale, jnp.where(exhausted, 0, beta)
+    def once(now: _Pass) -> _Pass:
+        products = tree.gram(basis, tree.stack_of_one(now.vector))[:, 0]
+        rest = tree.subtract(now.vector, tree.only(tree.combine(products[None], basis)))
+        second, length = now.count == 1, _length(rest)
+        again = second & ((length <= noise) | (index == last))
+        other = jax.tree.map(lambda s: jnp.cos((index + 1).astype(s.dtype) * 4 * s), start)
+        return _Pass(
+            vector=jax.tree.map(lambda x, y: jnp.where(again, x, y), other, rest),
+            products=jnp.where(now.count == 0, products, now.products),
+            length=jnp.where(second, jnp.where(length <= noise, 0, length), now.length),
+            count=now.count + 1,
+            last=jnp.where(again, 4, now.last),
+        )
+
+    begin = _Pass(product, jnp.zeros(it.matrix.shape[:1], dtype), jnp.zeros((), dtype), jnp.int32(0), jnp.int32(2))
+    end = lax.while_loop(lambda now: now.count < now.last, once, begin)
+    unit = _length(end.vector)
+    q = tree.scale(1 / jnp.where(unit > 0, unit, 1), end.vector)
+    return _Step(basis, it.matrix.at[index].set(end.products), it.lengths.at[index].set(end.length), q, scale)
 
 
-def _orthogonal(basis: PyTree, vector: PyTree) -> tuple[PyTree, Array]:
-    """A vector less its projection on orthonormal rows, and its inner products with them, `(m,)`."""
-    products = tree.gram(basis, tree.stack_of_one(vector))[:, 0]
-    return tree.subtract(vector, tree.only(tree.combine(products[None], basis))), products
+class _Pass(NamedTuple):
+    """A vector of which what lies along a basis is taken off, again and again."""
+
+    vector: PyTree
+    products: Array  # (m,) with the basis, before anything was taken off
+    length: Array  # () of what was left after the second pass
+    count: Array  # () int32 passes made
+    last: Array  # () int32 and to be made
 
 
 @dataclass
@@ -263,5 +298,7 @@ def _spectrum(op: LinearOperator, steps: int, keys: Key) -> Spectrum:
 
 
 def _probe(op: LinearOperator, steps: int, key: Key) -> tuple[Array, Array, Array]:
-    krylov = lanczos(op.mv, op.space, steps, key, fori_loop=fori_loop(op), layout=op.layout)
-    return krylov.values, krylov.first**2, krylov.residuals
+    flat = flattened(op)
+    found = lanczos(flat.mv, flat.space, steps, key, fori_loop=fori_loop(op), layout=flat.layout)
+    values, vectors, residuals = found.pairs(steps)
+    return values, vectors[0] ** 2, residuals

@@ -23,6 +23,7 @@ from ..blocks import Block, select
 from ..curvature import LinearOperator, check_losses
 from ..curvature.capabilities import not_convex_because, settled
 from ..curvature.convexity import is_at_hand
+from ..curvature.flat import Flat, can_be_flat
 from ..curvature.loops import refuse_tracing
 from ..curvature.operator import Scaled, Sum, Wrapper
 from .damping import (
@@ -32,6 +33,7 @@ from .damping import (
     check_damping,
     check_positive_means,
     damped_product,
+    flat_damping,
     resolve,
     warn_of_noise,
 )
@@ -95,7 +97,7 @@ class Solver(abc.ABC):
         """
 
     def refit(self, inverse: Inverse, damping: Damping, *, key: Key | None = None) -> PyTree:
-        """Return the fit of an `inverse` for another `damping`: the one that it has, by default."""
+        """Return the fit of an `inverse` for another `damping`: the one that it has, by default; `key` as in `fit`."""
         return inverse.fit
 
     def advice(self, info: Info) -> str:
@@ -162,6 +164,27 @@ def implicit_solve(
     return lax.custom_linear_solve(
         lambda X: damped_product(op, damping, X), tree.promote(V), lambda _, B: solve(B), symmetric=True, has_aux=True
     )
+
+
+def iterate(
+    op: LinearOperator,
+    damping: Damping,
+    V: PyTree,
+    solve: Callable[[LinearOperator, Damping, PyTree], tuple[PyTree, Info]],
+) -> tuple[PyTree, Info]:
+    """Run a recurrence, `solve(op, damping, V)`, on flat vectors where these may be, as `implicit_solve` does.
+
+    Algebra on one array instead of every leaf is half of what a recurrence compiles for.
+    """
+    fixed, fixed_damping = lax.stop_gradient((op, damping))
+
+    def on_vectors(B: PyTree) -> tuple[PyTree, Info]:
+        if not can_be_flat(op, B):
+            return solve(fixed, fixed_damping, B)
+        X, info = solve(Flat(fixed), flat_damping(fixed_damping, op.space), tree.flatten(B, op.space))
+        return tree.cast_like(tree.unflatten(X, op.space), B), info
+
+    return implicit_solve(op, damping, V, on_vectors)
 
 
 def measured(op: LinearOperator, damping: Damping, X: PyTree, V: PyTree, lowest: Array | None = None) -> Info:
@@ -432,10 +455,9 @@ def invert(op: LinearOperator, solver: Solver, *, key: Key | None = None) -> Inv
         if not op.on_host:
             check_losses(op)
             op = _with_sign(op, solver)
-        key_damping, key_fit = (None, None) if key is None else jax.random.split(key)
-        damping, noise = resolve(solver.asked(op), op, key_damping)
+        damping, noise = resolve(solver.asked(op), op, key)
         check_positive_means(damping, solver, op)
-        fit = fitted(solver, op, damping, key_fit)
+        fit = fitted(solver, op, damping, key)
         if op.on_host:
             check_losses(op)  # unless a pass over the loader has shown them
     is_fitted = lambda x: isinstance(x, Fitted)

@@ -16,7 +16,7 @@ from .._typing import Array, PyTree
 from ..batching import check_positive, map_chunks
 from ..curvature import LinearOperator
 from ..curvature.loops import while_loop
-from .base import Solver, implicit_solve
+from .base import Solver, iterate
 from .damping import Damping, DampingLike, check_iteration, damped_product, needs_damping
 from .info import Info, iterative_advice, solved
 
@@ -63,14 +63,21 @@ class BlockCG(Solver):
         check_positive(self.block_size, "block_size")
 
     def solve(self, op: LinearOperator, damping: Damping, fit: PyTree, V: PyTree) -> tuple[PyTree, Info]:
-        fixed, fixed_damping, rtol, atol = lax.stop_gradient((op, damping, self.rtol, self.atol))
-        mm = partial(damped_product, fixed, fixed_damping)
-        solve = partial(
-            block_conjugate_gradients, mm, rtol=rtol, atol=atol, max_steps=self.max_steps, while_loop=while_loop(op)
-        )
-        if op.on_host:  # where a product reads all data, the right-hand sides share it
-            return solve(tree.promote(V))
-        return implicit_solve(op, damping, V, partial(map_chunks, solve, chunk=self.block_size, shared=False))
+        rtol, atol = lax.stop_gradient((self.rtol, self.atol))
+
+        def solve(op: LinearOperator, damping: Damping, B: PyTree) -> tuple[PyTree, Info]:
+            of_block = partial(
+                block_conjugate_gradients,
+                partial(damped_product, op, damping),
+                rtol=rtol,
+                atol=atol,
+                max_steps=self.max_steps,
+                while_loop=while_loop(op),
+            )
+            # Where a product reads all data, the right-hand sides share it.
+            return of_block(B) if op.on_host else map_chunks(of_block, B, chunk=self.block_size, shared=False)
+
+        return iterate(op, damping, V, solve)
 
     def advice(self, info: Info) -> str:
         return iterative_advice(self, info)

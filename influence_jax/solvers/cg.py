@@ -15,8 +15,9 @@ from .. import tree
 from .._pytree import dataclass, static
 from .._typing import Array, Key, PyTree
 from ..curvature import LinearOperator
+from ..curvature.flat import Flat
 from ..curvature.loops import while_loop
-from .base import Fitted, Solver, implicit_solve, resolve_damping
+from .base import Fitted, Solver, iterate, resolve_damping
 from .damping import Damping, DampingLike, check_iteration, damped_product, needs_damping
 from .info import Info, iterative_advice, solved
 
@@ -91,17 +92,21 @@ class CG(Solver):
         return ()
 
     def solve(self, op: LinearOperator, damping: Damping, fit: Any, V: PyTree) -> tuple[PyTree, Info]:
-        fixed, fixed_damping, fixed_fit, rtol, atol = lax.stop_gradient((op, damping, fit, self.rtol, self.atol))
-        solve = partial(
-            conjugate_gradients,
-            partial(damped_product, fixed, fixed_damping),
-            precondition=self._precondition(fixed, fixed_fit),
-            rtol=rtol,
-            atol=atol,
-            max_steps=self.max_steps,
-            while_loop=while_loop(op),
-        )
-        return implicit_solve(op, damping, V, solve)
+        of_leaves, fit, rtol, atol = lax.stop_gradient((op, fit, self.rtol, self.atol))
+        precondition = self._precondition(of_leaves, fit)
+
+        def solve(op: LinearOperator, damping: Damping, B: PyTree) -> tuple[PyTree, Info]:
+            return conjugate_gradients(
+                partial(damped_product, op, damping),
+                B,
+                precondition=op.lifted(precondition) if precondition and isinstance(op, Flat) else precondition,
+                rtol=rtol,
+                atol=atol,
+                max_steps=self.max_steps,
+                while_loop=while_loop(op),
+            )
+
+        return iterate(op, damping, V, solve)
 
     def _precondition(self, op: LinearOperator, fit: Any) -> Callable[[PyTree], PyTree] | None:
         preconditioner = self.preconditioner

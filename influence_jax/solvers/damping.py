@@ -181,7 +181,15 @@ def each_leaf(damping: Damping, space: PyTree) -> PyTree:
 
 def every_value(damping: Damping) -> Array:
     """Return the dampings of all blocks, `(B,)`."""
-    return jnp.stack(list(damping.values.values())) if isinstance(damping, BlockDamping) else jnp.reshape(damping, 1)
+    return jnp.stack(list(damping.values.values())) if isinstance(damping, BlockDamping) else jnp.reshape(damping, -1)
+
+
+def flat_damping(damping: Damping, space: PyTree) -> Array:
+    """Return the damping of flat vectors: one number, or one for each entry, `(P,)`."""
+    if not isinstance(damping, BlockDamping):
+        return damping
+    leaves = jax.tree.map(lambda d, leaf: jnp.broadcast_to(d, leaf.shape), each_leaf(damping, space), space)
+    return tree.flatten(leaves, space)
 
 
 def divide(X: PyTree, damping: Damping) -> PyTree:
@@ -267,12 +275,10 @@ def resolve(asked: Mapping[str, Asked], op: LinearOperator, key: Key | None) -> 
 def _relative_dampings(
     wanted: Mapping[str, Any], op: LinearOperator, key: Key | None, *, blocks: tuple[tuple[str, Block], ...]
 ) -> tuple[OrderedDict[str, Array], OrderedDict[str, Array]]:
-    if len(blocks) == 1:
-        parts: dict[str, LinearOperator] = {blocks[0][0]: op}
-        return block_dampings(wanted, parts, dict.fromkeys(parts, key))
-    keys = [None] * len(blocks) if key is None else list(jax.random.split(key, len(blocks)))
-    parts = {name: restrict(op, block) for name, block in blocks}
-    return block_dampings(wanted, parts, dict(zip(parts, keys, strict=True)))
+    parts = {name: restrict(op, block) for name, block in blocks} if len(blocks) > 1 else {blocks[0][0]: op}
+    # Keys of its own, for the solver draws from the same one.
+    keys = {name: None if key is None else jax.random.fold_in(key, place) for place, name in enumerate(parts)}
+    return block_dampings(wanted, parts, keys)
 
 
 _compiled_relative_dampings = compiled(_relative_dampings, static_argnames="blocks")

@@ -29,7 +29,7 @@ from ..curvature import (
 )
 from ..curvature.capabilities import wide_dtype
 from .base import Inverse, Solver, fitted, implicit_solve
-from .damping import BlockDamping, Damping, DampingLike, check_damping, each_leaf, needs_damping, of_leaves
+from .damping import BlockDamping, Damping, DampingLike, check_damping, flat_damping, needs_damping, of_leaves
 from .info import NOT_FINITE, Info, is_nan, more_damping, worst
 
 # Power iterations for the norm of a factorised operator; it is needed to one digit.
@@ -258,8 +258,7 @@ def rows_at_once(op: LinearOperator) -> int:
 def _damped_matrix(op: LinearOperator, damping: Damping) -> Array:
     """Return the matrix of the damped operator."""
     matrix = to_dense(op)
-    of_leaf = jax.tree.map(lambda d, leaf: jnp.broadcast_to(d, leaf.shape), each_leaf(damping, op.space), op.space)
-    return matrix + jnp.diag(tree.flatten(of_leaf, op.space).astype(matrix.dtype))
+    return matrix + flat_damping(damping, op.space).astype(matrix.dtype) * jnp.eye(op.size, dtype=matrix.dtype)
 
 
 def _cholesky(op: LinearOperator, damping: Damping) -> Cholesky:

@@ -18,8 +18,8 @@ from ..batching import check_key, check_positive
 from ..curvature import LinearOperator, minibatch
 from ..curvature.capabilities import wide_dtype
 from ..curvature.loops import fori_loop, while_loop
-from ..curvature.operator import Scaled, Sum
-from .base import Solver, implicit_solve
+from ..curvature.operator import Wrapper
+from .base import Solver, iterate
 from .damping import (
     Damping,
     DampingLike,
@@ -115,9 +115,8 @@ class LiSSA(Solver):
         return LissaFit(largest, key_batches)
 
     def solve(self, op: LinearOperator, damping: Damping, fit: LissaFit, V: PyTree) -> tuple[PyTree, Info]:
-        series = _Series(op, damping, self._scale(damping, fit))
-        fixed, key, rtol = lax.stop_gradient((series, fit.key, self.rtol))
-        return implicit_solve(op, damping, V, lambda B: self._solve(fixed, key, B, rtol))
+        scale, key, rtol = lax.stop_gradient((self._scale(damping, fit), fit.key, self.rtol))
+        return iterate(op, damping, V, lambda op, damping, B: self._solve(_Series(op, damping, scale), key, B, rtol))
 
     def _scale(self, damping: Damping, fit: LissaFit) -> Array:
         dampings = every_value(damping)
@@ -202,10 +201,8 @@ def _standard_error(chains: PyTree, mean: PyTree) -> Array | None:
 
 def _examples(op: LinearOperator) -> int:
     """Number of examples behind an operator, 0 if there are none."""
-    if isinstance(op, Scaled):
-        return _examples(op.op)
-    if isinstance(op, Sum):
-        counts = {_examples(term) for term in op.terms} - {0}
+    if isinstance(op, Wrapper):
+        counts = {_examples(part) for part in op.parts} - {0}
         if len(counts) > 1:
             raise ValueError(
                 f"batch_size: {op!r} is a sum over data of {sorted(counts)} examples, which have no minibatch in "

@@ -14,10 +14,22 @@ from .._typing import Array, Key, PyTree
 from ..batching import check_key, check_positive
 from ..curvature import LinearOperator, LowRank
 from ..curvature.capabilities import wide_dtype
+from ..curvature.flat import Flat, flattened
+from ..curvature.layout import constrain
 from ..curvature.loops import fori_loop
 from ..curvature.spectrum import lanczos
 from .base import Solver, measured
-from .damping import BlockDamping, Damping, DampingLike, check_damping, divide, each_leaf, every_value, needs_damping
+from .damping import (
+    BlockDamping,
+    Damping,
+    DampingLike,
+    check_damping,
+    divide,
+    each_leaf,
+    every_value,
+    flat_damping,
+    needs_damping,
+)
 from .info import NOT_FINITE, Info, is_nan, lowest_of, more_damping
 
 # An eigenpair counts as found when its residual is below this part of the largest eigenvalue.
@@ -55,12 +67,15 @@ class LowRankSolver(Solver):
 
     def solve(self, op: LinearOperator, damping: Damping, fit: LowRankFit, V: PyTree) -> tuple[PyTree, Info]:
         V, pairs = tree.promote(V), lax.stop_gradient(fit.pairs)
+        flat = _is_flat(pairs, op.space)
+        of = Flat(op) if flat else op
+        rhs, own = (tree.flatten(V, op.space), flat_damping(damping, op.space)) if flat else (V, damping)
         if isinstance(damping, BlockDamping):
-            X, usable = _solve_by_block(pairs, damping, V, self.complement)
+            X, usable = _solve_by_block(pairs, own, rhs, self.complement)
         else:
-            X, usable = _solve_alike(pairs, damping, V, self.complement)
-        lowest = fit.lowest + jnp.min(every_value(damping))
-        info = measured(op, damping, X, V, lowest)
+            X, usable = _solve_alike(pairs, damping, rhs, self.complement)
+        info = measured(of, own, X, rhs, fit.lowest + jnp.min(every_value(damping)))
+        X = tree.cast_like(tree.unflatten(X, op.space), V) if flat else X
         return X, info._replace(converged=info.converged & fit.found & usable)
 
     def advice(self, info: Info) -> str:
@@ -74,6 +89,11 @@ class LowRankSolver(Solver):
     def _more(self) -> str:
         """Say what finds more."""
         raise NotImplementedError("an abstract class")
+
+
+def _is_flat(pairs: LowRank, space: PyTree) -> bool:
+    """Tell whether eigenpairs are flat vectors, and not trees like the parameters."""
+    return jax.tree.map(jnp.shape, pairs.space) != jax.tree.map(jnp.shape, space)
 
 
 def _solve_alike(pairs: LowRank, damping: Array, V: PyTree, complement: bool) -> tuple[PyTree, Array]:
@@ -163,27 +183,19 @@ class Arnoldi(LowRankSolver):
         key = check_key(key, "Arnoldi starts from a random vector; pass it to invert")
         _check_rank(self.rank, op)
         steps = min(self.steps or 2 * self.rank + 20, op.size)
-        fixed = lax.stop_gradient(op)
-        krylov = lanczos(fixed.mv, op.space, steps, key, fori_loop=fori_loop(op), layout=op.layout)
-        kept = jnp.argsort(-jnp.abs(krylov.values))[: self.rank]
-        pairs = LowRank(jax.tree.map(lambda x: x[kept], krylov.vectors), krylov.values[kept])
-        found = jnp.all(krylov.residuals[kept] <= RITZ_TOLERANCE * jnp.max(jnp.abs(krylov.values)))
-        if steps < op.size:
-            found &= _none_larger(fixed, pairs, jax.random.fold_in(key, steps))
-        return LowRankFit(pairs, found, jnp.min(krylov.values))
-
-
-def _none_larger(op: LinearOperator, pairs: LowRank, key: Key) -> Array:
-    """Whether a few steps from a new start find nothing larger outside of the eigenpairs, as copies of one would be."""
-
-    def outside(v: PyTree) -> PyTree:
-        return tree.subtract(v, tree.only(tree.combine(tree.gram(tree.stack_of_one(v), pairs.basis), pairs.basis)))
-
-    steps = min(CHECK_STEPS, op.size - pairs.values.shape[0])
-    product = lambda v: outside(tree.promote(op.mv(outside(v))))
-    rest = lanczos(product, op.space, steps, key, fori_loop=fori_loop(op), layout=op.layout)
-    smallest, largest = jnp.min(jnp.abs(pairs.values)), jnp.max(jnp.abs(pairs.values))
-    return jnp.max(jnp.abs(rest.values)) <= smallest + RITZ_TOLERANCE * largest
+        check = min(CHECK_STEPS, op.size - steps)
+        fixed = flattened(lax.stop_gradient(op))
+        krylov = lanczos(fixed.mv, fixed.space, steps, key, check=check, fori_loop=fori_loop(op), layout=fixed.layout)
+        values, vectors, residuals = krylov.pairs(steps)
+        kept = jnp.argsort(-jnp.abs(values))[: self.rank]
+        inside = jax.tree.map(lambda x: x[:steps], krylov.vectors)
+        pairs = LowRank(constrain(tree.combine(vectors.T[kept], inside), fixed.layout), values[kept])
+        sizes = jnp.abs(values[kept])
+        found = jnp.all(residuals[kept] <= RITZ_TOLERANCE * sizes[0])
+        if check:  # a few steps outside find nothing larger, as copies of an eigenvalue would be
+            outside = jnp.linalg.eigvalsh(krylov.matrix[steps:, steps:])
+            found &= jnp.max(jnp.abs(outside)) <= sizes[-1] + RITZ_TOLERANCE * sizes[0]
+        return LowRankFit(pairs, found, jnp.min(values))
 
 
 @needs_damping
@@ -225,8 +237,9 @@ class Nystrom(LowRankSolver):
     def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> LowRankFit:
         key = check_key(key, "Nystrom draws a random sketch; pass it to invert")
         _check_rank(self.rank, op)
+        flat = flattened(op)
         normal = jax.random.normal(key, (self.rank, op.size), wide_dtype(op.space))
-        return from_sketch(op, tree.orthonormal(tree.unflatten(normal, op.space))[0])
+        return from_sketch(flat, tree.orthonormal(tree.unflatten(normal, flat.space))[0])
 
 
 def from_sketch(op: LinearOperator, sketch: PyTree) -> LowRankFit:
