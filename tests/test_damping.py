@@ -75,7 +75,7 @@ def test_within_the_eigenpairs_alone():
     """The inverse of what the damped operator is on the space of the eigenpairs."""
     asked, of_leaf = FORMS["tree"]
     inverse = ij.invert(EMPIRICAL, ij.Arnoldi(asked, rank=4, complement=False), key=KEY)
-    Q, values = flat(inverse.fit.pairs.basis, PARAMS), np.asarray(inverse.fit.pairs.values)
+    Q, values = map(np.asarray, (inverse.fit.pairs.basis, inverse.fit.pairs.values))
     damping = flat(jax.tree.map(lambda d, leaf: np.full(leaf.shape, d), of_leaf, PARAMS), PARAMS)
     inner = np.diag(values) + Q * damping @ Q.T
     assert relative_error(flat(inverse.mm(V), PARAMS), (Q.T @ np.linalg.solve(inner, Q @ flat(V, PARAMS).T)).T) < 1e-10

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from .. import tree
 from .._mesh import compiled
+from .._sound import is_finite
 from .._typing import Array, Key, LossFunction, PyTree
 from ..batching import as_batch, check_finite, check_key, check_positive
 from ..capture import MAX_SIDE
@@ -212,7 +213,7 @@ def _agreeing(curvature: Kronecker, leaks: Sequence[Array | None], right: Array 
 def _finite(curvature: Kronecker) -> bool:
     """Whether all eigenvalues are, as far as is known on the host."""
     values = [layer.values for layer in curvature.layers if not isinstance(layer.values, jax.core.Tracer)]
-    return all(bool(jnp.all(jnp.isfinite(x))) for x in values)
+    return is_finite(values)
 
 
 def check_fitted(curvature: Kronecker, recipe: Recipe, op: EmpiricalFisher | None = None) -> None:

@@ -129,7 +129,9 @@ def _extended(index: Array, it: _Step, product: PyTree, start: PyTree, last: int
         )
 
     begin = _Pass(product, jnp.zeros(it.matrix.shape[:1], dtype), jnp.zeros((), dtype), jnp.int32(0), jnp.int32(2))
-    end = lax.while_loop(lambda now: now.count < now.last, once, begin)
+    # Of fixed length, so that it can be differentiated; what need not be is skipped.
+    skipping = lambda now, _: (lax.cond(now.count < now.last, once, lambda now: now, now), None)
+    end = lax.scan(skipping, begin, length=4)[0]
     unit = _length(end.vector)
     q = tree.scale(1 / jnp.where(unit > 0, unit, 1), end.vector)
     return _Step(basis, it.matrix.at[index].set(end.products), it.lengths.at[index].set(end.length), q, scale)

@@ -194,7 +194,17 @@ def flat_damping(damping: Damping, space: PyTree) -> Array:
 
 def divide(X: PyTree, damping: Damping) -> PyTree:
     """Return a stack over its damping, $D^{-1} X$, in the dtypes of the stack."""
-    return jax.tree.map(lambda x, d: x / d.astype(x.dtype), X, each_leaf(damping, X))
+    return jax.tree.map(lambda x, d: x / _for_rows(d, x), X, each_leaf(damping, X))
+
+
+def multiply(X: PyTree, damping: Damping) -> PyTree:
+    """Return a stack times its damping, $D X$, in the dtypes of the stack."""
+    return jax.tree.map(lambda x, d: x * _for_rows(d, x), X, each_leaf(damping, X))
+
+
+def _for_rows(d: Array, x: Array) -> Array:
+    """Return the damping of a leaf, or of flat vectors, as what meets every row of a stack alike."""
+    return (d if d.ndim == 0 else d[None]).astype(x.dtype)
 
 
 def damped_product(op: LinearOperator, damping: Damping, X: PyTree) -> PyTree:
@@ -214,7 +224,7 @@ def damped_product(op: LinearOperator, damping: Damping, X: PyTree) -> PyTree:
       >>> ij.solvers.damped_product(op, jnp.array(2.0), {"w": jnp.ones((1, 2))})["w"].tolist()
       [[3.0, 3.0]]
     """
-    return jax.tree.map(lambda ax, x, d: ax + d.astype(x.dtype) * x, op.mm(X), X, each_leaf(damping, X))
+    return tree.add(op.mm(X), multiply(X, damping))
 
 
 class Asked(NamedTuple):

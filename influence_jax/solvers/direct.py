@@ -15,6 +15,7 @@ from jax import lax
 from .. import tree
 from .._memory import OutOfMemory, readable
 from .._pytree import dataclass
+from .._sound import finite_rows
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, chunk_in_cache
 from ..blocks import Block, join, select
@@ -224,7 +225,7 @@ def _solve(op: LinearOperator, damping: Damping, fit: Fit, B: PyTree) -> tuple[P
 
 def closed_solve(op: LinearOperator, damping: Array, B: PyTree) -> tuple[PyTree, Info]:
     """Solve by an eigendecomposition in closed form."""
-    return spectral_solve(op, op, damping, jnp.zeros_like(damping), B)
+    return spectral_solve(op, op, damping, None, B)
 
 
 def _solve_each(op: LinearOperator, damping: Damping, blocks: Mapping[str, Block], B: PyTree) -> tuple[PyTree, Info]:
@@ -258,7 +259,8 @@ def rows_at_once(op: LinearOperator) -> int:
 def _damped_matrix(op: LinearOperator, damping: Damping) -> Array:
     """Return the matrix of the damped operator."""
     matrix = to_dense(op)
-    return matrix + flat_damping(damping, op.space).astype(matrix.dtype) * jnp.eye(op.size, dtype=matrix.dtype)
+    added = jnp.broadcast_to(flat_damping(damping, op.space), (op.size,))
+    return matrix + jnp.diag(added.astype(matrix.dtype))
 
 
 def _cholesky(op: LinearOperator, damping: Damping) -> Cholesky:
@@ -307,12 +309,12 @@ def cholesky_solve(op: LinearOperator, fit: Cholesky, B: PyTree) -> tuple[PyTree
 
 
 def spectral_solve(
-    op: LinearOperator, decomposed: LinearOperator, damping: Array, rounding: Array, B: PyTree
+    op: LinearOperator, decomposed: LinearOperator, damping: Array, rounding: Array | None, B: PyTree
 ) -> tuple[PyTree, Info]:
     """Divide by the damped eigenvalues; directions whose eigenvalue has no correct digit are left out.
 
     `decomposed` equals `op`, and has an eigendecomposition in closed form, whose eigenvalues are known to `rounding` of
-    the largest.
+    the largest; exactly if None.
 
     Entries that a person gives, as of `Diagonal`, are exact.  The eigenvalues of a curvature were computed, in closed
     form too: without a damping, or with one below the square of rounding, those below the rounding of the largest are
@@ -322,9 +324,10 @@ def spectral_solve(
     damped = jax.tree.map(lambda d: d + damping.astype(d.dtype), values)
     entries = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(damped)])
     largest, noise = jnp.max(jnp.abs(entries)), _rounding(op.size, entries.dtype)
-    error = rounding.astype(entries.dtype) * largest
+    error = None if rounding is None else rounding.astype(entries.dtype) * largest
     undamped = op.is_curvature & (damping.astype(entries.dtype) <= noise**2 * largest)
-    floor = jnp.maximum(error, jnp.where(undamped, noise * largest, 0))
+    floor = jnp.where(undamped, noise * largest, 0)
+    floor = floor if error is None else jnp.maximum(error, floor)
 
     def divide(coordinate: Array, value: Array) -> Array:
         dead = jnp.abs(value) <= floor.astype(value.dtype)
@@ -337,9 +340,12 @@ def spectral_solve(
     return X, info._replace(converged=info.converged & jnp.all(jnp.abs(entries) > floor))
 
 
-def _info(X: PyTree, B: PyTree, error: Array, curvature: Array) -> Info:
+def _info(X: PyTree, B: PyTree, error: Array | None, curvature: Array) -> Info:
     """Converged where the factorisation's error, times the solution, is small beside the right-hand side."""
-    norm = tree.norms(B)
-    missed = error.astype(norm.dtype) * tree.norms(X)
-    none = jnp.zeros(norm.shape, jnp.int32)
-    return Info(none, None, missed <= MAX_ROUNDING * norm, curvature.astype(norm.dtype), none, jnp.zeros_like(norm))
+    none = jnp.zeros(tree.count(B), jnp.int32)
+    if error is None:
+        sound = finite_rows(X)
+    else:
+        norm = tree.norms(B)
+        sound = error.astype(norm.dtype) * tree.norms(X) <= MAX_ROUNDING * norm
+    return Info(none, None, sound, curvature, none, jnp.zeros(none.shape, curvature.dtype))

@@ -25,9 +25,9 @@ from .damping import (
     DampingLike,
     check_damping,
     divide,
-    each_leaf,
     every_value,
     flat_damping,
+    multiply,
     needs_damping,
 )
 from .info import NOT_FINITE, Info, is_nan, lowest_of, more_damping
@@ -118,8 +118,7 @@ def _solve_by_block(pairs: LowRank, damping: Damping, V: PyTree, complement: boo
     """
     values = pairs.values.astype(tree.gram(pairs.basis, pairs.basis).dtype)
     if not complement:
-        damped = jax.tree.map(lambda q, d: q * d.astype(q.dtype), pairs.basis, each_leaf(damping, V))
-        inner = jnp.diag(values) + tree.gram(pairs.basis, damped)
+        inner = jnp.diag(values) + tree.gram(pairs.basis, multiply(pairs.basis, damping))
         X = tree.combine(jnp.linalg.solve(inner, tree.gram(V, pairs.basis).T).T, pairs.basis)
         return tree.cast_like(X, V), jnp.all(jnp.isfinite(inner))
     over, basis = divide(V, damping), divide(pairs.basis, damping)
