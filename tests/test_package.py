@@ -48,12 +48,12 @@ LAYERS = [
     ],
     [
         "curvature.projected",
-        "curvature.spectrum",
         "curvature.outputs",
         "curvature.convexity",
         "curvature.parts",
         "curvature.exact",
         "curvature.flat",
+        "curvature.spectrum",
         "curvature.masks",
         "curvature.labels",
         "curvature.fisher",

@@ -127,11 +127,11 @@ class Solver(abc.ABC):
         return False
 
     def asked(self, op: LinearOperator) -> OrderedDict[str, Asked]:
-        """Return the dampings asked for, block by block."""
+        """Return the dampings asked for of `op`, block by block."""
         return asked_by_block(getattr(self, "damping", 0.0), op)
 
     def damped_by(self, damping: Any, op: LinearOperator) -> Solver:
-        """Return the same solver, asking for another damping of `op`."""
+        """Return the same solver, asking for another `damping` of `op`."""
         if not hasattr(self, "damping"):
             raise ValueError(f"damping: got {damping!r}, but {self!r} has none")
         return dataclasses.replace(self, damping=damping)  # type: ignore[type-var]
