@@ -216,8 +216,11 @@ def _lost(
         return None
     lost = jnp.zeros((), bool)
     for number in range(2):  # the second only if need be: what is undefined at one point may be at zero, say, alone
-        at = _near(start, number) if draw is None else tree.check_params(draw(jax.random.key(number)))
-        found = ~np.asarray(_finite(objective, at, data))
+        try:
+            at = _near(start, number) if draw is None else tree.check_params(draw(jax.random.key(number)))
+            found = ~np.asarray(_finite(objective, at, data))
+        except Exception:  # told where the training runs
+            return None
         lost = found if number == 0 else lost & found
         if not lost.any() or lost.all():
             return None
