@@ -529,6 +529,7 @@ def check_params(params: PyTree, name: str = "params") -> PyTree:
       TypeError: If a leaf is not a real floating array, or is float64 while x64 is off, or if the tree is the state of
         a training.
     """
+    named_leaves(params)  # refuses keys that cannot be sorted
     _check_not_a_state(params, name)
     check_only_params(params, name)
     params = readable(params, name)
