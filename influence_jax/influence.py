@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import jax
@@ -40,6 +41,7 @@ from .scoring import (
     check_positions,
     finite_or_nan,
     inner_products,
+    inner_products_by_block,
     perturbed,
     top_k,
 )
@@ -282,6 +284,13 @@ class Influence:
         return tuple(self._parts)
 
     @property
+    def _leaves_by_block(self) -> OrderedDict[str, Block]:
+        """The names of the leaves in each block of the inverse; of all, where it has none."""
+        if isinstance(self.inverse, Inverse):
+            return self.inverse.blocks
+        return OrderedDict({"": tuple(name for name, _ in tree.named_leaves(self.params))})
+
+    @property
     def _parts(self) -> Mapping[str, LinearOperator]:
         return self.inverse.by_block if isinstance(self.inverse, Inverse) else {"": self.inverse}
 
@@ -315,7 +324,7 @@ class Influence:
 
         Args:
           query: Leaves `(Q, ...)`.
-          blocks: How to split; the inverse's own blocks if None, so that each is computed on its own.
+          blocks: How to split; the inverse's own blocks if None.
 
         Returns:
           Block names in leaf order, to flat dicts `{leaf name: (Q, *leaf)}`.
@@ -330,11 +339,8 @@ class Influence:
         return factors
 
     def _factors_by_block(self, query: PyTree, blocks: Blocks | None) -> OrderedDict[str, PyTree]:
-        if blocks is None:
-            parts = {name: self.block(name) for name in self.block_names}
-            leaves = {name: tuple(leaf for leaf, _ in tree.named_leaves(part.params)) for name, part in parts.items()}
-            return OrderedDict((n, select(part.factors_untold(query), leaves[n])) for n, part in parts.items())
-        factors, groups = self.factors_untold(query), partition(self.params, blocks)
+        groups = self._leaves_by_block if blocks is None else partition(self.params, blocks)
+        factors = self.factors_untold(query)
         return OrderedDict((name, select(factors, block)) for name, block in groups.items())
 
     def influences_from_factors_by_block(
@@ -364,11 +370,16 @@ class Influence:
     def _from_factors_by_block(
         self, factors: Mapping[str, PyTree], train: PyTree, mode: InfluenceMode, wrt: str | int
     ) -> OrderedDict[str, PyTree]:
+        for part in factors.values():
+            tree.check_stack(dict(part), select(self.params, tuple(part)), "factors")
+        if mode is InfluenceMode.Up:
+            groups = tuple(map(tuple, factors.values()))
+            return OrderedDict(
+                zip(factors, _up_by_block(self, join_whole(factors, self.params), train, groups), strict=True)
+            )
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
         parts = {name: self._on(tuple(part)) for name, part in factors.items()}
-        for name, part in parts.items():
-            tree.check_stack(dict(factors[name]), part.params, "factors")
         return OrderedDict(
             (name, part._from_factors(dict(factors[name]), train, mode, wrt)) for name, part in parts.items()
         )
@@ -383,7 +394,7 @@ class Influence:
           train: Leaves `(N, ...)`.
           mode: `"up"` or `"perturbation"`.
           wrt: The perturbed part of a training example.
-          blocks: How to split; the inverse's own blocks if None, with one block in memory at a time.
+          blocks: How to split; the inverse's own blocks if None.
 
         Returns:
           Block names in leaf order, to `(Q, N)`, or `(Q, N, *x.shape)` for perturbation.
@@ -395,10 +406,7 @@ class Influence:
         self.check_query(query, train)
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
-        if blocks is None:
-            scores = OrderedDict((n, self.block(n)._scores(query, train, mode, wrt)) for n in self.block_names)
-        else:
-            scores = self._from_factors_by_block(self._factors_by_block(query, blocks), train, mode, wrt)
+        scores = self._from_factors_by_block(self._factors_by_block(query, blocks), train, mode, wrt)
         self.tell(list(scores.values()), query, train)
         return scores
 
@@ -520,6 +528,13 @@ def _query_grads(influence: Influence, query: PyTree) -> PyTree:
 def _up(influence: Influence, factors: PyTree, train: PyTree) -> Array:
     objective = as_objective(influence.objective)
     return inner_products(objective, influence.params, factors, train, influence.chunk, influence.rhs_chunk).T
+
+
+@partial(compiled, static_argnames="groups")
+def _up_by_block(influence: Influence, factors: PyTree, train: PyTree, groups: tuple[Block, ...]) -> list[Array]:
+    objective = as_objective(influence.objective)
+    parts = inner_products_by_block(objective, influence.params, factors, train, groups, influence.chunk)
+    return [part.T for part in parts]
 
 
 @compiled

@@ -3,6 +3,7 @@ r"""Scores from factors: inner products of solved vectors with per-example gradi
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,7 +16,8 @@ from . import _reprs, tree
 from ._mesh import compiled
 from ._typing import Array, PyTree
 from .batching import chunk_for, chunk_in_cache, map_chunks, map_over, map_rows, scan_chunks
-from .capture import arrange, held_entries, layer_factors, products
+from .blocks import Block
+from .capture import Layer, arrange, held_entries, layer_factors, products
 from .gradients import _jacobian_product, _mixed_product, directional, matching, spoilt
 from .objective import LossOnly, Objective, floating_output
 
@@ -77,22 +79,43 @@ def inner_products(
     """
     if tree.count(factors) <= DIRECTIONAL:
         return finite_or_nan(_jacobian_product(objective, params, batch, factors, chunk, rhs_chunk))
+    everything = tuple(name for name, _ in tree.named_leaves(params))
+    return inner_products_by_block(objective, params, factors, batch, (everything,), chunk)[0]
+
+
+def inner_products_by_block(
+    objective: Objective | LossOnly,
+    params: PyTree,
+    factors: PyTree,
+    batch: PyTree,
+    groups: Sequence[Block],
+    chunk: int | None,
+) -> tuple[Array, ...]:
+    """What each of several blocks of leaves contributes to the inner products, `(N, Q)` each, in one pass for all."""
     wide = tree.promote(params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     plan, layers = arrange(objective, wide, example)
     leaves = dict(tree.named_leaves(tree.promote(factors)))
-    vectors = [layer.matrix(leaves) for layer in layers]
+    vectors = [[(layer, _matrix_within(layer, leaves, group)) for layer in layers] for group in groups]
 
-    def one_chunk(part: PyTree) -> Array:
+    def one_chunk(part: PyTree) -> tuple[Array, ...]:
         found = layer_factors(plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype), lambda loss, _: loss)
-        parts = [products(layer, f, v) for layer, f, v in zip(layers, found, vectors, strict=True)]
-        return sum(parts[1:], parts[0])
+        of_group = lambda pairs: [products(la, f, v) for f, (la, v) in zip(found, pairs, strict=True) if v is not None]
+        return tuple(tree.total(of_group(pairs)) for pairs in vectors)
 
     queries = tree.count(factors)
     largest = max(held_entries(plan, layer, vectors=queries) for layer in layers)
     held = sum(held_entries(plan, layer) for layer in layers)
     fits = min(chunk_in_cache(held, wanted=queries), chunk_for(held + largest))
-    return finite_or_nan(map_chunks(one_chunk, batch, chunk=chunk or fits))
+    return jax.tree.map(finite_or_nan, map_chunks(one_chunk, batch, chunk=chunk or fits))
+
+
+def _matrix_within(layer: Layer, leaves: Mapping[str, Array], group: Block) -> Array | None:
+    """Return a layer's matrix of vectors that are zero outside of some leaves; None if it has none of these."""
+    inside = set(layer.names) & set(group)
+    if not inside:
+        return None
+    return layer.matrix({n: leaves[n] if n in inside else jnp.zeros_like(leaves[n]) for n in layer.names})
 
 
 def finite_or_nan(scores: Array) -> Array:
