@@ -4,9 +4,12 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import from_spectrum, relative_error
 
 import influence_jax as ij
+from influence_jax.curvature.layout import Layout
+from influence_jax.curvature.spectrum import lanczos
 
 PARAMS = helpers.random_mlp(jax.random.key(0), biases=False)
 DATA = helpers.random_batch(jax.random.key(1), 17, 5, 3, classes=True)
@@ -48,3 +51,34 @@ class TestSpectrum:
 
     def test_one_probe_knows_no_error(self):
         assert ij.spectrum(GGN, 5, key=KEY).effective_dimension(0.1)[1] is None
+
+
+LAWS = {
+    "distinct": np.array([-2.0, -0.5, 0.0, 0.1, 1.0, 2.5, 3.0, 4.0, 7.0, 20.0]),
+    "repeated": np.array([3.0] * 6 + [0.0] * 3 + [5.0]),
+    "of one value": np.full(10, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize(("steps", "check"), [(10, 0), (4, 0), (4, 3)])
+def test_the_recurrence(name, steps, check):
+    r"""$A Q^\top = Q^\top T + r e^\top$ with orthonormal rows of Q, also behind a start of its own."""
+    values = LAWS[name]
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))[0]
+    matrix = rotation * values @ rotation.T
+    mv = lambda v: jnp.asarray(matrix) @ v
+    space, layout = jax.ShapeDtypeStruct((10,), jnp.float64), Layout()
+    found = lanczos(mv, space, steps, jax.random.key(0), layout=layout, check=check)
+    Q, T, lengths = map(np.asarray, (found.vectors, found.matrix, found.lengths))
+    assert relative_error(Q @ Q.T, np.eye(steps + check)) < 1e-12
+    assert np.abs(Q @ matrix @ Q.T - T).max() < 1e-12 * 20
+    rest = matrix @ Q.T - Q.T @ T
+    ends = [steps - 1, steps + check - 1]  # where it stops, or begins again
+    inside = [place for place in range(steps + check) if place not in ends]
+    assert np.abs(rest[:, inside]).max(initial=0.0) < 1e-11 * 20
+    if not check:
+        assert np.abs(np.linalg.norm(rest[:, -1]) - lengths[-1]) < 1e-11 * 20
+        theta, W, residuals = map(np.asarray, found.pairs(steps))
+        pairs = Q.T @ W
+        assert np.abs(np.linalg.norm(matrix @ pairs - pairs * theta, axis=0) - residuals).max() < 1e-10
