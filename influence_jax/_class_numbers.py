@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ def check_class_numbers(
     counted: Array | np.ndarray | None = None,
     start: int = 0,
     chunk: int | None = None,
+    point: Callable[[], PyTree] | None = None,
 ) -> None:
     """Look at the class numbers of a batch; within a program that is being traced, at none.
 
@@ -49,6 +50,7 @@ def check_class_numbers(
       counted: Which examples count, `(N,)` bool; all if None.
       start: Place of the first of them in the whole data.
       chunk: Examples at once; chosen from the sizes if None.
+      point: Makes the parameters at which losses are computed, if they are needed; `params` may then be shapes.
 
     Raises:
       ValueError: If numbers are out of range of what is read at them, and the loss depends on what is read there.
@@ -64,6 +66,7 @@ def check_class_numbers(
     suspects = plan.suspects(leaves)
     if suspects and not isinstance(jnp.zeros(()), jax.core.Tracer):
         counted = np.ones(tree.count(batch), bool) if counted is None else counted
+        params = params if point is None else point()
         _judge(objective, params, batch, suspects, counted, start, name, chunk or plan.chunk)
 
 

@@ -118,6 +118,7 @@ class Runs:
     """All pairs of a mask and a key, group by group.
 
     Attributes:
+      train_fn: The training, as it was given.
       seeds: How many keys there are, None for one without an axis of its own.
       count: How many runs there are.
       devices: How many are computed at once, on a device each.
@@ -129,6 +130,7 @@ class Runs:
         measured, constants = (
             (None, []) if measure is None else split(measure, "measure", "measure(params) -> (Q,), or None for params")
         )
+        self.train_fn = train_fn
         self.masks, self.keys = _checked_masks(masks), _checked_keys(keys)
         self.seeds = None if self.keys.ndim == 0 else len(self.keys)
         self._entries = np.asarray(jax.random.key_data(self.keys)).reshape(self.seeds or 1, -1)

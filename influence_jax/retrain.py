@@ -28,7 +28,7 @@ from ._typing import Array, Key, PyTree
 from .batching import check_key, check_positive
 from .store.outcomes import OutcomeStore
 from .stream.tables import check_sink
-from .training import Training, training
+from .training import Training, about_losses, training
 
 __all__ = ["Training", "leave_k_out", "leave_one_out", "retrain", "subsets", "training"]
 
@@ -274,10 +274,14 @@ def _check_outcomes(outcomes: PyTree, runs: Runs, first: int, throw: bool) -> No
     if not bad.size:
         return
     mask, seed = runs.pair(first + int(bad.min()))
+    why = about_losses(runs.train_fn, runs.masks[mask]) if isinstance(runs.train_fn, Training) else ""
     message = (
         f"outcomes: {len(np.unique(bad))} of {len(leaves[0])} runs gave NaN or infinity, the first of them mask {mask} "
-        f"with key {seed}; the training diverged, or the measure is not defined there: lower the learning rate, or "
-        "look at train_fn with that mask and key"
+        f"with key {seed}; "
+    )
+    message += why or (
+        "the training diverged, or the measure is not defined there: lower the learning rate, or look at train_fn with "
+        "that mask and key"
     )
     if throw:
         raise ValueError(f"{message}. What is finished is kept; throw=False keeps such outcomes, too")

@@ -18,8 +18,10 @@ import optax
 from jax import lax
 
 from . import _reprs, _steps, tree
+from ._class_numbers import check_class_numbers
 from ._mesh import compiled
 from ._pytree import dataclass, static
+from ._sound import ADVICE, Unsound
 from ._steps import State
 from ._typing import Array, ArrayLike, Key, LossFunction, PyTree
 from .batching import as_batch, check_key, check_positive, map_over, take
@@ -67,7 +69,8 @@ def training(
       The training, which may be jitted, vmapped over masks and (threefry) keys, and called with `weights` `(N,)`.
 
     Raises:
-      TypeError, ValueError: If an argument is not of that form.
+      TypeError, ValueError: If an argument is not of that form, or class numbers of the data are out of range of what
+        the loss reads at them.
 
     Example:
       >>> import influence_jax as ij
@@ -92,6 +95,7 @@ def training(
         check_hashable(part, "optimizer")
     start, draw = _as_start(params)
     losses, data = as_objective(objective), as_batch(data, "data")
+    _check_numbers(losses, start, draw, data)
     lost = _lost(losses, start, draw, data)
     return Training(
         losses,
@@ -212,19 +216,80 @@ def _lost(
     A weight of zero does not keep them out of a sum, for zero times what is not finite is not zero.  To put others into
     their places in every step would copy the data for every mask; to do so once asks which they are.
     """
-    if any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in jax.tree.leaves((start, data))):
+    lost = _without_loss(objective, start, draw, data)
+    return jnp.asarray(lost) if lost is not None and lost.any() and not lost.all() else None
+
+
+def _without_loss(
+    objective: Objective | LossOnly, start: PyTree, draw: Callable[[Key], PyTree] | None, data: PyTree
+) -> np.ndarray | None:
+    """Return which examples have no finite loss, neither at the start nor near it, `(N,)`; None if unknown."""
+    if not _is_here((start, data)):
         return None
-    lost = jnp.zeros((), bool)
+    lost = np.ones(tree.count(data), bool)
     for number in range(2):  # the second only if need be: what is undefined at one point may be at zero, say, alone
         try:
-            at = _near(start, number) if draw is None else tree.check_params(draw(jax.random.key(number)))
-            found = ~np.asarray(_finite(objective, at, data))
+            lost &= ~np.asarray(_finite(objective, _point(start, draw, number), data))
         except Exception:  # told where the training runs
             return None
-        lost = found if number == 0 else lost & found
-        if not lost.any() or lost.all():
-            return None
-    return jnp.asarray(lost)
+        if not lost.any():
+            break
+    return lost
+
+
+def _is_here(arrays: PyTree) -> bool:
+    """Return whether arrays can be looked at in this process."""
+    return all(not isinstance(x, jax.core.Tracer) and x.is_fully_addressable for x in jax.tree.leaves(arrays))
+
+
+def _point(start: PyTree, draw: Callable[[Key], PyTree] | None, number: int) -> PyTree:
+    """Return the start, one near it, or one of those that are drawn."""
+    return _near(start, number) if draw is None else tree.check_params(draw(jax.random.key(number)))
+
+
+def _check_numbers(
+    objective: Objective | LossOnly,
+    start: PyTree,
+    draw: Callable[[Key], PyTree] | None,
+    batch: PyTree,
+    name: str = "data",
+) -> None:
+    """Look at class numbers as `check_class_numbers`; losses near the start tell more than at zero."""
+    if not _is_here((start, batch)):
+        return
+    at = lambda: _near(_point(start, draw, 0), 1)
+    shapes = start if draw is None else jax.eval_shape(lambda: _point(start, draw, 0))
+    check_class_numbers(objective, shapes, batch, name, point=at)
+
+
+def check_query(train: Training, asked: Objective | LossOnly, query: PyTree) -> None:
+    """Look at the class numbers of queries as of the data."""
+    _check_numbers(asked, train.params, train.draw, query, "query")
+
+
+def about_losses(train: Training, weights: np.ndarray | Array, asked: Any = None, query: PyTree = None) -> str:
+    """Say how many examples of positive weight, or queries, have no finite loss; nothing if all do, or it is unknown.
+
+    Args:
+      train: The training; its data is looked at.
+      weights: Of its examples, `(N,)`.
+      asked: A measurement of queries, which are looked at instead.
+      query: Leaves `(Q, ...)`.
+    """
+    lost = train.lost
+    if asked is not None:
+        lost, weights = _without_loss(asked, train.params, train.draw, query), jnp.ones(tree.count(query))
+    elif lost is None:
+        lost = _without_loss(train.objective, train.params, train.draw, train.data)
+    if lost is None or isinstance(weights, jax.core.Tracer):
+        return ""
+    bad = np.asarray(lost) & (np.asarray(weights) != 0)
+    if not bad.any():
+        return ""
+    examples = int(np.count_nonzero(np.asarray(weights)))
+    found = Unsound(int(bad.sum()), first=(int(np.argmax(bad)), np.nan), examples=examples)
+    name = "data" if asked is None else "query"
+    return f"{found.describe(name, 'loss at the start')}: {ADVICE}"
 
 
 @compiled

@@ -6,6 +6,7 @@ optimum that a training may never reach.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,7 +19,7 @@ from ._mesh import compiled
 from ._typing import Array, ArrayLike, Key, LossFunction, PyTree
 from .batching import as_batch, check_chunk, check_key, map_rows
 from .objective import LossOnly, Objective, as_objective
-from .training import WHY_KEY, Training
+from .training import WHY_KEY, Training, about_losses, check_query
 
 __all__ = ["influences"]
 
@@ -59,8 +60,9 @@ def influences(
       Scores `(Q, N)`, float32 or wider.
 
     Raises:
-      TypeError, ValueError: If an argument is not of that form, the batches of the training depend on the weights, or
-        the training or its derivative is not finite; the last is not noticed under tracing.
+      TypeError, ValueError: If an argument is not of that form, the batches of the training depend on the weights,
+        class numbers of queries are out of range, or the training or its derivative is not finite; the last is not
+        noticed under tracing.
 
     Example:
       >>> import influence_jax as ij
@@ -94,12 +96,14 @@ def influences(
     if not isinstance(weights, jax.core.Tracer) and not np.any(np.asarray(weights)):
         raise ValueError("weights: all are 0, expected some above: without any the training makes no step")
     asked = training.objective if measurement is None else as_objective(measurement, "measurement")
+    check_query(training, asked, query)
     key = check_key(key, WHY_KEY)
     with memory_errors("unrolled.influences", KNOBS):
         weights = weights.astype(jnp.result_type(float))  # a mask, too, is a place to differentiate at
         scores, trained, differentiated = _influences(training, query, weights, key, asked, rhs_chunk)
         if not isinstance(scores, jax.core.Tracer):
-            _check_finite(bool(trained), bool(differentiated), training)
+            about = lambda *of: about_losses(training, weights, *of)
+            _check_finite(bool(trained), bool(differentiated), training, lambda: about() or about(asked, query))
     return scores
 
 
@@ -116,7 +120,12 @@ def _influences(
     return scores, jnp.all(trained), jnp.all(jnp.where(known, True, jnp.isfinite(scores)))
 
 
-def _check_finite(trained: bool, differentiated: bool, training: Training) -> None:
+def _check_finite(trained: bool, differentiated: bool, training: Training, why: Callable[[], str]) -> None:
+    if trained and differentiated:
+        return
+    told = why()
+    if told:
+        raise ValueError(f"training: what comes of {training!r} is NaN or infinite; {told}")
     if not trained:
         raise ValueError(
             f"training: the parameters are NaN or infinite after the last step of {training!r}; take smaller steps, or "
