@@ -43,9 +43,10 @@ from .scoring import (
     inner_products,
     inner_products_by_block,
     perturbed,
+    squares_in_basis,
     top_k,
 )
-from .solvers import Info, Inverse, all_converged, is_nan, report, rows_at_once, solve_with_info
+from .solvers import Info, Inverse, all_converged, inverted_layers, is_nan, report, rows_at_once, solve_with_info
 from .solvers.base import check_inverse
 
 
@@ -581,6 +582,15 @@ def self_solved(influence: Influence, batch: PyTree) -> tuple[Array, Info | None
 
 @compiled
 def _self_influences(influence: Influence, batch: PyTree) -> tuple[Array, Info | None]:
+    closed = inverted_layers(influence.inverse)
+    if closed is not None:
+        layers, info = closed
+        objective = as_objective(influence.objective)
+        squares = squares_in_basis(objective, influence.params, layers, batch, influence.chunk)
+        if squares is not None:
+            info = jax.tree.map(lambda field: jnp.broadcast_to(field, squares.shape), info)
+            return finite_or_nan(influence.where_fitted(squares)), info
+
     def one_chunk(part: PyTree) -> tuple[Array, Info | None]:
         grads = tree.promote(_per_example_grads(influence.objective, influence.params, part))
         solved, info = solve_with_info(influence.inverse, grads)

@@ -17,7 +17,7 @@ from ._mesh import compiled
 from ._typing import Array, PyTree
 from .batching import chunk_for, chunk_in_cache, map_chunks, map_over, map_rows, scan_chunks
 from .blocks import Block
-from .capture import Layer, arrange, held_entries, layer_factors, products
+from .capture import InBasis, Layer, arrange, held_entries, layer_factors, products, quadratic
 from .gradients import _jacobian_product, _mixed_product, directional, matching, spoilt
 from .objective import LossOnly, Objective, floating_output
 
@@ -116,6 +116,34 @@ def _matrix_within(layer: Layer, leaves: Mapping[str, Array], group: Block) -> A
     if not inside:
         return None
     return layer.matrix({n: leaves[n] if n in inside else jnp.zeros_like(leaves[n]) for n in layer.names})
+
+
+def squares_in_basis(
+    objective: Objective | LossOnly,
+    params: PyTree,
+    fitted: Sequence[InBasis],
+    batch: PyTree,
+    chunk: int | None,
+) -> Array | None:
+    r"""Inner products of gradients with themselves through a Kronecker-factored operator, `(N,)`.
+
+    $\sum_{io} d_{io} (Q_{in}^\top G_n Q_{out})_{io}^2$, from captured inputs and cotangents, of which no gradient is
+    made where an example uses a matrix once.  None if the loss uses other matrices than those fitted.
+    """
+    wide = tree.promote(params)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    plan, layers = arrange(objective, wide, example)
+    form = lambda layer: (layer.view, layer.shape, layer.bias)
+    found = {part.layer.kernel: part for part in fitted}
+    if {layer.kernel: form(layer) for layer in layers} != {name: form(part.layer) for name, part in found.items()}:
+        return None
+
+    def one_chunk(part: PyTree) -> Array:
+        held = layer_factors(plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype), lambda loss, _: loss)
+        return tree.total([quadratic(la, f, found[la.kernel]) for la, f in zip(layers, held, strict=True)])
+
+    fits = chunk_in_cache(sum(held_entries(plan, layer, whole=True) for layer in layers))
+    return map_chunks(one_chunk, batch, chunk=chunk or fits)
 
 
 def finite_or_nan(scores: Array) -> Array:

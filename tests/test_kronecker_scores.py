@@ -217,3 +217,49 @@ def test_a_feature_that_is_always_zero(fit, solver):
             X, info = ij.invert(curvature, ij.Blockwise(solver(damping)) if blocks else solver(damping)).solve_many(V)
             assert bool(info.converged.all()) is (damping > 0)
             assert relative_error(flat(X, params), flat(V, params) @ inverse) < 1e-6
+
+
+class TestSelfInfluence:
+    """From captured factors: what the products of whole gradients with the dense inverse are."""
+
+    @staticmethod
+    def check(case, inverse):
+        influence = ij.Influence(case.objective, case.params, inverse)
+        grads = flat(ij.per_example_grads(case.objective, case.params, case.data), case.params)
+        dense = np.linalg.inv(np.asarray(ij.to_dense(inverse.op)) + inverse_damping(inverse, case.params))
+        expected = np.einsum("ni,ij,nj->n", grads, dense, grads)
+        assert relative_error(influence.self_influences(case.data), expected) < 1e-9
+        assert relative_error(jax.jit(influence.self_influences)(case.data), expected) < 1e-9
+
+    @pytest.mark.parametrize("labels", mainly(["empirical", "exact"], "exact"))
+    @pytest.mark.parametrize("method", [ij.kfac, ij.ekfac])
+    def test_of_a_network(self, method, labels):
+        case = mlp_case()
+        op = method(case.objective, case.params, case.data, labels=labels)
+        for damped in (ij.Direct(0.1), ij.Eigh(ij.RelativeDamping(0.1))):
+            self.check(case, ij.invert(op, damped))
+        self.check(case, ij.invert(2.0 * op + 0.3 * ij.Identity(case.params), ij.Direct(0.1)))
+
+    @pytest.mark.parametrize("name", mainly(["rotary", "transformer"], "rotary"))
+    def test_of_positions_lookups_and_ties(self, name):
+        case = ZOO[name]()
+        op = ij.ekfac(case.objective, case.params, case.data, labels="empirical")
+        self.check(case, ij.invert(op, ij.Direct(0.1)))
+
+    def test_of_a_model_that_uses_other_matrices(self):
+        """The curvature of one model, the losses of another: gradients as they are, through the same inverse."""
+        case = mlp_case()
+        op = ij.ekfac(case.objective, case.params, case.data)
+        first = sorted(case.params)[0]
+        twice = lambda p: {**p, first: jax.tree.map(lambda x: x * x, p[first])}
+        other = ij.Objective(lambda p, z: case.objective.predict(twice(p), z), case.objective.loss)
+        self.check(case._replace(objective=other), ij.invert(op, ij.Direct(0.1)))
+
+
+def inverse_damping(inverse, params):
+    """Of every entry, a diagonal matrix."""
+    of_leaf = {}
+    for part in inverse.by_block.values():
+        of_leaf |= {name: np.full(np.shape(leaf), part.damping) for name, leaf in tree.named_leaves(part.space)}
+    rows = [of_leaf[name].ravel() for name, _ in tree.named_leaves(params)]
+    return np.diag(np.concatenate(rows))

@@ -3,6 +3,7 @@
 from .analysis import Plan as Plan
 from .contract import (
     Factors as Factors,
+    InBasis as InBasis,
     LayerFactors as LayerFactors,
     einsum as einsum,
     gradient as gradient,
@@ -10,6 +11,7 @@ from .contract import (
     layer_factors as layer_factors,
     moments as moments,
     products as products,
+    quadratic as quadratic,
     rotate as rotate,
     rotated as rotated,
     squares as squares,

@@ -155,6 +155,35 @@ def squares(layer: Layer, factors: LayerFactors, weights: Array) -> Array:
     return einsum("b,bkgio->gio", weights, gradient(layer, factors) ** 2)
 
 
+class InBasis(NamedTuple):
+    r"""An operator that is diagonal in a basis of a layer's matrices.
+
+    $v \mapsto Q_{in} (d \odot (Q_{in}^\top v\, Q_{out})) Q_{out}^\top$
+
+    Attributes:
+      layer: The layer.
+      q_in: `(G, I, I)`; None for the identity.
+      q_out: `(G, O, O)`; None for the identity.
+      values: d, `(G, I, O)`.
+    """
+
+    layer: Layer
+    q_in: Array | None
+    q_out: Array | None
+    values: Array
+
+
+def quadratic(layer: Layer, factors: LayerFactors, through: InBasis) -> Array:
+    """Each gradient's inner product with itself, for the first cotangent, through an operator, `(B,)`."""
+    factors, weights = rotated(layer, factors, through.q_in, through.q_out), through.values
+    if factors.rest is None and len(factors.uses) == 1:
+        ((_, exchanged),), (use,) = layer.uses, factors.uses
+        if use.positions == 1 and not use.looked_up:  # the square of one product is a product of squares
+            inputs, outputs = use.inputs[:, :, 0] ** 2, use.outputs[:, 0, :, 0] ** 2
+            return einsum("bgi,bgo,gio->b", inputs, outputs, use.oriented(weights, exchanged))
+    return einsum("bgio,gio->b", gradient(layer, factors)[:, 0] ** 2, weights)
+
+
 def products(layer: Layer, factors: LayerFactors, vectors: Array) -> Array:
     """Inner products of the layer's gradients for the first cotangent with matrices `(Q, G, I, O)`, `(B, Q)`."""
     parts = [] if factors.rest is None else [einsum("bgio,qgio->bq", factors.rest[:, 0], vectors)]

@@ -87,6 +87,13 @@ def _shift(op: Sum) -> tuple[LinearOperator, Array | float]:
     return op.terms[others[0]], sum(c for place, c in enumerate(times) if place != others[0])
 
 
+def unshifted(op: LinearOperator) -> LinearOperator:
+    """Return what an operator in closed form is a multiple of, but for multiples of the identity."""
+    if isinstance(op, Scaled):
+        return unshifted(op.op)
+    return unshifted(_shift(op)[0]) if isinstance(op, Sum) else op
+
+
 @spectral.register
 def _(op: Sum) -> Spectral:
     r"""The eigenvalues of $A + c I$ are those of A, and c."""

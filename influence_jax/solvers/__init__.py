@@ -9,7 +9,12 @@ from .damping import (
     RelativeDamping as RelativeDamping,
     damped_product as damped_product,
 )
-from .direct import Direct as Direct, Eigh as Eigh, rows_at_once as rows_at_once
+from .direct import (
+    Direct as Direct,
+    Eigh as Eigh,
+    inverted_layers as inverted_layers,
+    rows_at_once as rows_at_once,
+)
 from .harmonic import HarmonicMean as HarmonicMean
 from .info import (
     ConvergenceError as ConvergenceError,

@@ -32,7 +32,7 @@ class BlockCG(Solver):
     judged by its own true residual; the tolerances, `Info` and derivatives are those of `CG`.
 
     Args:
-      damping: $\lambda \ge 0$, or a `RelativeDamping`.
+      damping: $\lambda \ge 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
       rtol: Relative tolerance.
       atol: Absolute tolerance.
       max_steps: Most iterations; static.

@@ -33,7 +33,7 @@ class CG(Solver):
     Differentiable in damping, parameters, weights and v.
 
     Args:
-      damping: $\lambda \ge 0$, or a `RelativeDamping`.
+      damping: $\lambda \ge 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
       rtol: Relative tolerance.
       atol: Absolute tolerance.
       max_steps: Most iterations; static.

@@ -3,7 +3,7 @@ r"""Exact solves: closed forms, Cholesky, eigendecomposition."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple, TypeAlias, cast
 
@@ -19,7 +19,9 @@ from .._sound import finite_rows
 from .._typing import Array, Key, PyTree
 from ..batching import chunk_for, chunk_in_cache
 from ..blocks import Block, join, select
+from ..capture import InBasis
 from ..curvature import (
+    Kronecker,
     LinearOperator,
     LowRank,
     Unsupported,
@@ -28,6 +30,7 @@ from ..curvature import (
     spectral,
     to_dense,
 )
+from ..curvature.algebra import unshifted
 from ..curvature.capabilities import wide_dtype
 from .base import Inverse, Solver, fitted, implicit_solve
 from .damping import BlockDamping, Damping, DampingLike, check_damping, flat_damping, needs_damping, of_leaves
@@ -70,7 +73,7 @@ class Direct(Solver):
     damping, parameters, weights and v.
 
     Args:
-      damping: $\lambda \ge 0$, or a `RelativeDamping`.
+      damping: $\lambda \ge 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form; in `invert`, of a `RelativeDamping` if the mean
@@ -122,7 +125,7 @@ class Eigh(Solver):
     exactly and reported in `min_curvature` $= \lambda_{min} + \lambda$.  P² memory, P³ time.
 
     Args:
-      damping: $\lambda \ge 0$, or a `RelativeDamping`.
+      damping: $\lambda \ge 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
 
     Raises:
       TypeError, ValueError: If an argument is not of that form; in `invert`, of a `RelativeDamping` if the mean
@@ -235,10 +238,14 @@ def _solve_each(op: LinearOperator, damping: Damping, blocks: Mapping[str, Block
         added = cast(Array, of_leaves(damping, block))
         solved[name], info = closed_solve(restrict(op, block), added, select(B, block))
         infos.append(info)
-    merged = cast(Info, worst(infos))
-    lowest = [jnp.where(info.converged, jnp.abs(info.min_curvature), -1) for info in infos]
+    return join(solved, B), _of_blocks(infos)
+
+
+def _of_blocks(infos: Sequence[Info]) -> Info:
+    """Return how the solves of all blocks went together."""
+    lowest = [jnp.where(info.converged, jnp.abs(cast(Array, info.min_curvature)), -1) for info in infos]
     block = jnp.argmin(jnp.stack(lowest), axis=0).astype(jnp.int32)
-    return join(solved, B), merged._replace(block=block)
+    return cast(Info, worst(infos))._replace(block=block)
 
 
 def has_spectral(op: LinearOperator) -> bool:
@@ -321,6 +328,23 @@ def spectral_solve(
     noise, as of a feature that is always zero.
     """
     to_basis, from_basis, values = spectral(decomposed)
+    inverse = _inverted(op, values, damping, rounding)
+    divide = lambda x, value: x * jnp.broadcast_to(value.astype(x.dtype), x.shape)
+    X = tree.cast_like(from_basis(jax.tree.map(divide, to_basis(B), inverse.values)), B)
+    info = _info(X, B, inverse.error, jnp.broadcast_to(inverse.lowest, (tree.count(B),)))
+    return X, info._replace(converged=info.converged & inverse.sound)
+
+
+class _Inverted(NamedTuple):
+    """The eigenvalues of an inverse, zero where there is none, and what is known of the damped operator's."""
+
+    values: PyTree
+    lowest: Array  # ()
+    sound: Array  # () bool: whether each could be inverted
+    error: Array | None  # () of the largest, absolute; None in closed form
+
+
+def _inverted(op: LinearOperator, values: PyTree, damping: Array, rounding: Array | None) -> _Inverted:
     damped = jax.tree.map(lambda d: d + damping.astype(d.dtype), values)
     entries = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(damped)])
     largest, noise = jnp.max(jnp.abs(entries)), _rounding(op.size, entries.dtype)
@@ -329,15 +353,32 @@ def spectral_solve(
     floor = jnp.where(undamped, noise * largest, 0)
     floor = floor if error is None else jnp.maximum(error, floor)
 
-    def divide(coordinate: Array, value: Array) -> Array:
+    def invert(value: Array) -> Array:
         dead = jnp.abs(value) <= floor.astype(value.dtype)
-        inverse = jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, value)).astype(coordinate.dtype)
-        return coordinate * jnp.broadcast_to(inverse, coordinate.shape)
+        return jnp.where(dead, 0.0, 1 / jnp.where(dead, 1.0, value))
 
-    X = tree.cast_like(from_basis(jax.tree.map(divide, to_basis(B), damped)), B)
-    rows = jax.tree.leaves(B)[0].shape[:1]
-    info = _info(X, B, error, jnp.broadcast_to(jnp.min(entries), rows))
-    return X, info._replace(converged=info.converged & jnp.all(jnp.abs(entries) > floor))
+    sound = jnp.all(jnp.abs(entries) > floor)
+    return _Inverted(jax.tree.map(invert, damped), jnp.min(entries), sound, error)
+
+
+def inverted_layers(inverse: LinearOperator) -> tuple[list[InBasis], Info] | None:
+    """Return the layers of a Kronecker-factored inverse, and how one solve goes, leaves `(1,)`.
+
+    None of another inverse.
+    """
+    if not isinstance(inverse, Inverse) or not isinstance(inverse.solver, Direct | Eigh) or inverse.fit != ():
+        return None
+    if not isinstance(unshifted(inverse.op), Kronecker):
+        return None
+    layers, infos = [], []
+    for block in diagonal_blocks(inverse.op).values():
+        part, none = restrict(inverse.op, block), jnp.zeros(1, jnp.int32)
+        found = _inverted(part, spectral(part).values, cast(Array, of_leaves(inverse.damping, block)), None)
+        pairs = zip(cast(Kronecker, unshifted(part)).layers, found.values, strict=True)
+        layers += [InBasis(each.layer, each.q_in, each.q_out, values) for each, values in pairs]
+        lowest = found.lowest[None]
+        infos.append(Info(none, None, found.sound[None], lowest, none, jnp.zeros_like(lowest)))
+    return layers, _of_blocks(infos)
 
 
 def _info(X: PyTree, B: PyTree, error: Array | None, curvature: Array) -> Info:

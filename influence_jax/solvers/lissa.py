@@ -57,7 +57,7 @@ class LiSSA(Solver):
     the exact solution, each another series.
 
     Args:
-      damping: $\lambda \ge 0$, or a `RelativeDamping`.
+      damping: $\lambda \ge 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
       scale: $\sigma$, at least the largest eigenvalue plus damping (of the minibatches, if there are any); 1.1 times
         a power iteration's estimate if None.
       depth: Most steps; static.

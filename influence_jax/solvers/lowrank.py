@@ -147,7 +147,7 @@ class Arnoldi(LowRankSolver):
     data are zero.
 
     Args:
-      damping: $\lambda > 0$, or a `RelativeDamping`.
+      damping: $\lambda > 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
       rank: Eigenpairs kept; static.
       steps: Products spent on them, at most as many as parameters; `2 rank + 20` if None; static.
       complement: Whether to keep what is outside; static.
@@ -208,7 +208,7 @@ class Nystrom(LowRankSolver):
     derivatives; also a preconditioner, `CG(damping, preconditioner=Nystrom(damping, rank))`.
 
     Args:
-      damping: $\lambda > 0$, or a `RelativeDamping`.
+      damping: $\lambda > 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
       rank: Sketch size; static.
       complement: Whether to keep what is outside; static.
 

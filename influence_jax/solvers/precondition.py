@@ -28,7 +28,7 @@ class Jacobi(Solver):
     before you use it: on tanh networks it made conjugate gradients take three times the iterations.
 
     Args:
-      damping: $\lambda \ge 0$, or a `RelativeDamping`.
+      damping: $\lambda \ge 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
       probes: Estimate the diagonal by Hutchinson with that many Rademacher vectors, $\frac1S\sum_s z_s \odot A z_s$;
         the exact diagonal if None; static.
 

@@ -50,7 +50,7 @@ class SampleSpace(Solver):
     serves every damping.  Rows are computed chunk by chunk and never held all at once.  Differentiable as `CG`.
 
     Args:
-      damping: $\lambda > 0$, or a `RelativeDamping`.
+      damping: $\lambda > 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf.
 
     Raises:
       TypeError: In `invert`, unless the operator is a `GGN`, `EmpiricalFisher` or `Fisher`.
