@@ -30,7 +30,8 @@ class HarmonicMean(Solver):
     says how much, and `converged` only that it is finite.  Differentiable in everything.
 
     Args:
-      damping: $\lambda > 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf; the authors take 0.1 of the mean eigenvalue, block by block.
+      damping: $\lambda > 0$, a `RelativeDamping`, or a dict or tree of these by block or leaf; the authors take
+        0.1 of the mean eigenvalue, block by block.
 
     Raises:
       TypeError: In `invert`, unless the operator is an `EmpiricalFisher`, or a `Fisher` with one sample.
