@@ -116,7 +116,7 @@ def _plan(structure: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> _P
     sites = tuple(dict.fromkeys(site for site, _ in met))
     names = [name for name, _ in tree.named_leaves(example)]
     places = {name: len(shapes) - len(names) + i for i, name in enumerate(names)}
-    low = {"lookup": 0, "one_hot": -np.inf}
+    low = {"lookup": 0, "switch": 0, "write": 0, "one_hot": -np.inf, "scatter": -np.inf}
     ranges = dict.fromkeys((places[part], low[site.kind], site.size - 1) for site in sites for part in site.parts)
     known = tuple(ranges) if all(site.direct for site in sites) else None
     return _Plan(sites, doubtful, places, known, chunk_for(largest(jaxpr)))
@@ -178,16 +178,28 @@ def _judge(
         part = " and ".join(repr(part) for part in site.parts)
         numbers_of = f"the numbers of part {part}" if site.direct else f"the numbers made of part {part}"
         told = f"{name}: {numbers_of} are out of range {which}; expected 0 to {site.size - 1}, "
-        if site.kind == "lookup":
+        if not site.parts:
             raise ValueError(
-                f"{told}where the loss of {_name(objective)} reads an axis of length {site.size} at them, and JAX "
-                f"another place of it in silence; number from 0, and mask what is not to count, by jnp.where or "
-                "influence_jax.losses.cross_entropy(ignore=...); if the nearest place is meant, say jnp.clip"
+                f"{name}: {_who(objective, params, batch, site)} reads an axis of length {site.size} at a fixed place, "
+                f"{number:g}, that it does not have, and JAX another place of it in silence; expected one from "
+                f"{-site.size} to {site.size - 1}"
             )
+        if site.kind in ("lookup", "write", "switch"):
+            verb = "reads" if site.kind == "lookup" else "writes to"
+            reads = f"{verb} an axis of length {site.size} at them, and JAX another place of it"
+            if site.kind == "switch":
+                reads = f"chooses by them among {site.size} functions or arrays, and JAX another one"
+            raise ValueError(
+                f"{told}where {_who(objective, params, batch, site)} {reads} in silence; number from 0, and mask what "
+                "is not to count, by jnp.where or influence_jax.losses.cross_entropy(ignore=...); if the nearest is "
+                f"meant, say so of the numbers, jnp.clip(number, 0, {site.size - 1}), whatever the mode of the lookup"
+            )
+        does = "compares them with these, as jax.nn.one_hot does: the row is zero"
+        if site.kind == "scatter":
+            does = f"writes to an axis of length {site.size} at them: they are left out"
         _warn(
-            f"{told}for {_name(objective)} compares them with these, as jax.nn.one_hot does: the row is zero, and so "
-            "is what such an example adds; number from 0, or mask what is not to count, e.g. by "
-            "influence_jax.losses.cross_entropy(ignore=...)",
+            f"{told}for {_who(objective, params, batch, site)} {does}, and so is what such an example adds; number "
+            "from 0, or mask what is not to count, e.g. by influence_jax.losses.cross_entropy(ignore=...)",
             jax.tree.structure(objective),
             site,
         )
@@ -280,6 +292,17 @@ def _tell_doubtful(
         jax.tree.structure(objective),
         found,
     )
+
+
+def _who(objective: Objective | LossOnly, params: PyTree, batch: PyTree, site: Site) -> str:
+    """Say which function of an objective has a site."""
+    if isinstance(objective, Objective):
+        shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+        jaxpr = jax.make_jaxpr(lambda *of: of[0].output(*of[1:]))(*jax.tree.map(shapes, (objective, params)), example)
+        if any(found == site for found, _ in sites_of(jaxpr, _marked(objective, params, example, empty=True))):
+            return f"predict ({name_of(objective.predict)})"
+    return f"the loss of {_name(objective)}"
 
 
 def _name(objective: Objective | LossOnly) -> str:

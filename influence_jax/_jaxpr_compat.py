@@ -47,6 +47,11 @@ def constants(jaxpr: Any) -> Sequence[Any]:
     return tuple(jnp.asarray(value) if isinstance(value, np.ndarray) else value for value in values)
 
 
+def written(jaxpr: Any) -> Sequence[Any]:
+    """The values of its constants as they are held, known where the jaxpr is itself read under tracing."""
+    return tuple(getattr(jaxpr, "consts", ()))
+
+
 def called(equation: Any) -> Any | None:
     """The jaxpr that an equation calls once with its own operands, keeping its derivative rules; else None."""
     if equation.primitive.name not in CALLS + CHECKPOINTS:

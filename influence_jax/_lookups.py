@@ -1,7 +1,8 @@
-"""Where a loss reads an array at a number of the example, and whether it matters what it reads there.
+"""Where a loss reads an array at a number of the example, or at a fixed one, and whether it matters what it reads.
 
-An index out of range is no error in JAX: it is moved to the nearest place, a negative one counts from the end, and
-`jax.nn.one_hot` makes zeros of it.  A loss is read here from its jaxpr, run over marked values.
+An index out of range is no error in JAX: it is moved to the nearest place, a negative one counts from the end,
+`jax.nn.one_hot` makes zeros of it, `x.at[i].set(1)` leaves it out, and `lax.switch` takes the nearest function.  A loss
+is read here from its jaxpr, run over marked values.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._jaxpr_compat import called, constants, is_literal, opened, replaced, run_equation, scan_arity
+from ._jaxpr_compat import called, constants, is_literal, opened, replaced, run_equation, scan_arity, written
 from ._typing import Array
 
 # Through these a number of the example stays one, at most in another place.
@@ -29,13 +31,18 @@ ARITHMETIC = (
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "iota", "pad", "is_finite"),
 )
 
+# Numbers written in a program, of which more are no index but data.
+MOST_FIXED = 2**16
+
 
 class Site(NamedTuple):
     """An axis of an array that is read at numbers of the example.
 
     Attributes:
-      kind: `"lookup"`, or `"one_hot"` where the numbers are compared with 0, 1, ....
-      parts: Of the example, that the numbers are made of.
+      kind: `"lookup"`; `"one_hot"` where the numbers are compared with 0, 1, ...; `"scatter"` where it is written to at
+        them, and not where they are too large; `"switch"` where they choose among functions or arrays;
+        `"write"` where it is written to at another place.
+      parts: Of the example, that the numbers are made of; none if they are fixed.
       size: How long the axis is.
       direct: Whether the numbers are those of the example, as they are.
     """
@@ -63,6 +70,9 @@ class Marked:
       columns: What it is joined from, along the last axis.
       counts: The axis along which it is 0, 1, ....
       spread: The axes along which it is broadcast.
+      fixed: Its numbers, if they are written in the program.
+      clamped: Of what `lax.clamp` made, and moved since: what the numbers were not below, and not above, until then.
+        They are in `raw`.
     """
 
     value: Any = None
@@ -77,6 +87,8 @@ class Marked:
     columns: tuple[Marked, ...] = ()
     counts: int | None = None
     spread: frozenset[int] = frozenset()
+    fixed: np.ndarray | None = None
+    clamped: tuple[float, float] | None = None
 
 
 class Met(NamedTuple):
@@ -117,6 +129,8 @@ class Reader:
             results = self.run(inner, operands)
         elif equation.primitive.name == "scan":
             results = self._scan(equation, operands)
+        elif equation.primitive.name == "cond":
+            results = self._looked(equation, operands, self._cond(equation, operands))
         else:
             values = self._values(equation, operands)
             results = _marks(equation, operands, values)
@@ -133,17 +147,36 @@ class Reader:
     def _looked(self, equation: Any, operands: Sequence[Marked], results: list[Marked]) -> list[Marked]:
         """Note the sites of an equation, and let what is read there be changed."""
         for site, index, outside in _sites(equation, operands):
-            if index.raw is None:
+            if index.raw is None or (self.change is None and not self.indices):
                 self.met.append(Met(site))
                 continue
             bad, numbers = outside(index)
             place = jnp.argmax(bad.reshape(-1))
             self.met.append(Met(site, jnp.any(bad), numbers.reshape(-1)[place].astype(jnp.float32)))
-            if self.change is not None and results[0].value is not None:
-                at = _at(equation, bad, results[0].value)
-                changed = self.change(site, results[0].value, at)
-                results = [dataclasses.replace(results[0], value=changed, raw=changed)]
+            if self.change is not None:
+                changed = [self.change(site, x.value, _at(equation, bad, x.value)) for x in results]
+                results = [_with(x, value) for x, value in zip(results, changed, strict=True)]
         return results
+
+    def _cond(self, equation: Any, operands: Sequence[Marked]) -> list[Marked]:
+        """Run all branches of a `cond`, and choose what comes of the one that is taken."""
+        which, rest = operands[0], [dataclasses.replace(x, role=None, columns=()) for x in operands[1:]]
+        values: list[Any] = []
+        for number, branch in enumerate(equation.params["branches"]):
+            first = len(self.met)
+            results = self.run(branch, rest)
+            if which.value is None:
+                continue
+            taken = jnp.asarray(which.value).astype(jnp.int32) == number
+            flagged = [met if met.bad is None else met._replace(bad=met.bad & taken) for met in self.met[first:]]
+            self.met[first:] = flagged
+            given = [x.value for x in results]
+            values = (
+                [jnp.where(taken, x, y) for x, y in zip(given, values or given, strict=True)] if self.change else []
+            )
+        parts, model = frozenset().union(*(x.parts for x in operands)), any(x.model for x in operands)
+        values = values or [None] * len(equation.outvars)
+        return [Marked(x, x, parts, model, arithmetic=False, direct=False) for x in values]
 
     def _scan(self, equation: Any, operands: Sequence[Marked]) -> list[Marked]:
         """Run a scan; its carry is marked by all that may come into it."""
@@ -178,7 +211,7 @@ def _settled(
 ) -> tuple[list[Marked], list[Marked]]:
     """Mark the operands and results of a step of a scan; the carry by all that may come into it."""
     carried = [_with(unknown(x), None) for x in carry]
-    rows = [dataclasses.replace(x, role=None, columns=(), counts=None, spread=frozenset()) for x in stacked]
+    rows = [dataclasses.replace(x, role=None, columns=(), counts=None, spread=frozenset(), fixed=None) for x in stacked]
     while True:
         marks = [*(_with(x, None) for x in consts), *carried, *(_with(x, None) for x in rows)]
         out = Reader().run(body, marks)
@@ -193,7 +226,7 @@ def _settled(
 
 def begun(jaxpr: Any, operands: Sequence[Marked]) -> dict[Any, Marked]:
     """Return the marked constants and inputs of a jaxpr."""
-    known = [Marked(x, x) for x in constants(jaxpr)]
+    known = [Marked(x, x, fixed=_numbers(y)) for x, y in zip(constants(jaxpr), written(jaxpr), strict=True)]
     inner = opened(jaxpr)
     return dict(zip([*inner.constvars, *inner.invars], [*known, *operands], strict=True))
 
@@ -205,7 +238,18 @@ def read(environment: dict[Any, Marked], variable: Any) -> Marked:
     value = variable.val
     if np.size(value) != 1 or not np.isrealobj(value) or not np.isfinite(value):
         return Marked(value, value)
-    return Marked(value, value, low=float(value), high=float(value))
+    return Marked(value, value, low=float(value), high=float(value), fixed=_numbers(value))
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """Return whole numbers or booleans that are known where the program is read; None of anything else."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, jax.core.Tracer) or (dtype is not None and dtype.kind not in "iub"):
+        return None
+    if np.size(value) > MOST_FIXED or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+        return None
+    numbers = np.asarray(value)
+    return numbers if numbers.dtype.kind in "iub" else None
 
 
 def unknown(x: Marked) -> Marked:
@@ -227,23 +271,46 @@ def _marks(equation: Any, operands: Sequence[Marked], values: Sequence[Any]) -> 
     """Mark the results of an equation."""
     name, parts = equation.primitive.name, frozenset().union(*(x.parts for x in operands))
     model = any(x.model for x in operands)
-    wrapped = _counted_from_end(name, operands)
+    wrapped, fixed = _counted_from_end(name, operands), _fixed(equation, operands)
     if wrapped is not None:
-        return [dataclasses.replace(wrapped, value=values[0], role=None)]
+        return [dataclasses.replace(wrapped, value=values[0], role=None, fixed=fixed)]
     if name not in ARITHMETIC or not all(x.arithmetic for x in operands):
         return [Marked(x, x, parts, model, arithmetic=False, direct=False) for x in values]
     value = raw = values[0]
     if name in KEEP and value is not None and any(x.raw is not x.value for x in operands):
         raw = run_equation(equation, [x.raw for x in operands])[0]
+    clamped = operands[0].clamped if name in KEEP and len(operands) == 1 else None
+    if name == "clamp":
+        raw, clamped = operands[1].raw, (operands[1].low, operands[1].high)
     low, high = _bounds(equation, operands)
-    direct = name in KEEP and all(x.direct for x in operands)
+    direct = name in (*KEEP, "clamp") and all(x.direct for x in operands)
     last = equation.outvars[0].aval.ndim - 1
     columns = tuple(operands) if name == "concatenate" and equation.params["dimension"] == last else ()
     if columns and any(v.aval.shape[-1] != 1 for v in equation.invars):
         columns = ()
     counts, spread = _axes(equation, operands)
     role = _role(name, operands)
-    return [Marked(value, raw, parts, model, True, direct, low, high, role, columns, counts, spread)]
+    return [Marked(value, raw, parts, model, True, direct, low, high, role, columns, counts, spread, fixed, clamped)]
+
+
+def _fixed(equation: Any, operands: Sequence[Marked]) -> np.ndarray | None:
+    """Return the numbers of a result that is made of fixed ones as JAX makes an index of them; None of others."""
+    name, given = equation.primitive.name, [x.fixed for x in operands if x.fixed is not None]
+    if not given or len(given) < len(operands):
+        return None
+    shape = equation.outvars[0].aval.shape
+    if name in ("lt", "add"):
+        return (np.less if name == "lt" else np.add)(*given)
+    if name == "select_n" and len(given) == 3:
+        return np.where(given[0], given[2], given[1])
+    if name in ("reshape", "squeeze", "expand_dims"):
+        return given[0].reshape(shape)
+    if name == "broadcast_in_dim":
+        places = equation.params["broadcast_dimensions"]
+        within = [given[0].shape[places.index(i)] if i in places else 1 for i in range(len(shape))]
+        return np.broadcast_to(given[0].reshape(within), shape)
+    kept = name == "convert_element_type" and equation.outvars[0].aval.dtype.kind in "iu"
+    return given[0] if kept else None
 
 
 def _role(name: str, operands: Sequence[Marked]) -> tuple[str, Marked] | None:
@@ -303,28 +370,86 @@ def _axes(equation: Any, operands: Sequence[Marked]) -> tuple[int | None, frozen
 def _sites(equation: Any, operands: Sequence[Marked]) -> list[tuple[Site, Marked, Callable]]:
     """Return the sites of an equation: each with its index, and how to tell which numbers are out of range."""
     name = equation.primitive.name
+    if name in ("cond", "select_n"):
+        return _chosen(equation, operands)
+    operands = [x if x.clamped is None else dataclasses.replace(x, raw=x.value, clamped=None) for x in operands]
     if name == "eq":
         return _compared(equation, operands)
-    if name not in ("gather", "dynamic_slice") or (operands[0].parts and not operands[0].model):
+    if name.startswith("scatter"):
+        return _written(equation, operands)
+    if name not in ("gather", "dynamic_slice"):
         return []
-    shape, found = equation.invars[0].aval.shape, []
+    shape, found, fills = equation.invars[0].aval.shape, [], False
     if name == "dynamic_slice":
         for axis, index in enumerate(operands[1:]):
             limit = shape[axis] - equation.params["slice_sizes"][axis]
             found.append((axis, index, lambda x, limit=limit: _outside(x.raw, x.raw, limit, False)))
     else:
-        numbers, fills = equation.params["dimension_numbers"], equation.params["mode"]
-        fills = fills == lax.GatherScatterMode.FILL_OR_DROP
+        numbers = equation.params["dimension_numbers"]
+        fills = equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
         for column, axis in enumerate(numbers.start_index_map):
             index = operands[1].columns[column] if operands[1].columns else operands[1]
             limit = shape[axis] - equation.params["slice_sizes"][axis]
             place = 0 if operands[1].columns else column
             found.append((axis, index, lambda x, p=place, m=limit: _outside(x.raw[..., p], x.value[..., p], m, fills)))
-    return [
+    own = operands[0].parts and not operands[0].model  # what is read of an example at its own numbers is meant
+    sites = [
         (Site("lookup", tuple(sorted(index.parts)), int(shape[axis]), index.direct), index, outside)
         for axis, index, outside in found
-        if _may_leave(index, shape[axis])
+        if _may_leave(index, shape[axis]) and not own
     ]
+    return sites or ([] if fills else _at_fixed(equation, found))
+
+
+def _at_fixed(equation: Any, found: Sequence[tuple[int, Marked, Callable]]) -> list[tuple[Site, Marked, Callable]]:
+    """Return the sites of an equation that reads at fixed numbers, some of which are out of range."""
+    sites, shape = [], equation.invars[0].aval.shape
+    for column, (axis, index, _) in enumerate(found):
+        if index.fixed is None:
+            continue
+        numbers, limit = index.fixed, shape[axis] - equation.params["slice_sizes"][axis]
+        if equation.primitive.name == "gather":
+            numbers = numbers[..., 0 if numbers.shape[-1] == 1 else column]
+        bad = (numbers < 0) | (numbers > limit)
+        if bad.any():
+            numbers = np.where(numbers < 0, numbers - shape[axis], numbers)  # as they were written
+            site = Site("lookup", (), int(shape[axis]), False)
+            sites.append((site, index, lambda x, bad=bad, n=numbers: (jnp.asarray(bad), jnp.asarray(n))))
+    return sites
+
+
+def _chosen(equation: Any, operands: Sequence[Marked]) -> list[tuple[Site, Marked, Callable]]:
+    """Return the site of a choice among functions or arrays, which `lax.switch` makes after clamping the number."""
+    index, cases = operands[0], len(operands) - 1
+    if equation.primitive.name == "cond":
+        cases = len(equation.params["branches"])
+    if equation.invars[0].aval.dtype == bool or not index.parts or not index.arithmetic:
+        return []
+    low, high = (index.low, index.high) if index.clamped is None else index.clamped
+    if (index.clamped is None and equation.primitive.name == "cond") or (low >= 0 and high < cases):
+        return []
+    outside = lambda x: _outside(x.raw, x.raw, cases - 1, False)
+    return [(Site("switch", tuple(sorted(index.parts)), cases, index.direct), index, outside)]
+
+
+def _written(equation: Any, operands: Sequence[Marked]) -> list[tuple[Site, Marked, Callable]]:
+    """Return the sites of an array that is written to: negative numbers count from the end, large ones are dropped."""
+    numbers, shape, found = equation.params["dimension_numbers"], equation.invars[0].aval.shape, []
+    drops = equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    for column, axis in enumerate(numbers.scatter_dims_to_operand_dims):
+        if axis not in numbers.inserted_window_dims:
+            continue
+        index = operands[1].columns[column] if operands[1].columns else operands[1]
+        if not _may_leave(index, shape[axis]):
+            continue
+        place, last = 0 if operands[1].columns else column, shape[axis] - 1
+        moved = lambda x, p=place, m=last: _outside(x.raw[..., p], x.value[..., p], m, drops)
+        above = lambda x, p=place, m=last: (x.raw[..., p] > m, x.raw[..., p])
+        site = Site("lookup", tuple(sorted(index.parts)), int(shape[axis]), index.direct)
+        found += [(site._replace(kind="write"), index, moved), (site._replace(kind="scatter"), index, above)][
+            : 2 if drops else 1
+        ]
+    return found
 
 
 def _may_leave(index: Marked, size: int) -> bool:
@@ -361,6 +486,8 @@ def _at(equation: Any, bad: Array, out: Array) -> Array:
     """Return which entries of the result are read at numbers that are out of range."""
     if equation.primitive.name == "gather":
         bad = jnp.expand_dims(bad, tuple(int(i) for i in equation.params["dimension_numbers"].offset_dims))
+    elif equation.primitive.name != "eq" and bad.shape != jnp.shape(out):  # it may be any entry
+        bad = jnp.any(bad)
     return jnp.broadcast_to(bad, jnp.shape(out))
 
 

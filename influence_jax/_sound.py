@@ -24,7 +24,8 @@ from .batching import chunk_for, each, map_chunks, map_over, readable_in_place
 from .objective import LossOnly, Objective
 
 ADVICE = (
-    "look at the labels (from 0 to C - 1? padding that is not masked?), and for logarithms, roots and quotients of zero"
+    "look at the labels (class numbers from 0 to C - 1? 0 and 1 of a binary loss? padding that is not masked?), and "
+    "for logarithms, roots and quotients of zero"
 )
 
 

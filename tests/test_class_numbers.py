@@ -62,6 +62,10 @@ ONE = {
     "index": lambda o, z: -SOFT(o)[z["y"]],
     "along axis": lambda o, z: -jnp.take_along_axis(SOFT(o), z["y"][None], axis=-1, mode="clip")[0],
     "identity matrix": lambda o, z: -jnp.sum(jnp.eye(C)[z["y"]] * SOFT(o)),
+    "function": lambda o, z: jax.lax.switch(z["y"], [lambda o, i=i: -SOFT(o)[i] for i in range(C)], o),
+    "case": lambda o, z: -jax.lax.select_n(z["y"], *SOFT(o)),
+    "branch": lambda o, z: jax.lax.cond(z["y"] != 1, lambda: -SOFT(o)[z["y"]], lambda: -SOFT(o)[1]),
+    "written": lambda o, z: -jnp.sum(jnp.zeros(C).at[z["y"]].add(1.0, mode="clip") * SOFT(o)),
     "float": lambda o, z: jax.nn.logsumexp(o) - o[z["y"].astype(float).astype(int)],
 }
 # Losses of T positions.
@@ -69,6 +73,11 @@ MANY = {
     "positions": lambda o, z: jnp.sum(positions(o, z)),
     "map": lambda o, z: -jnp.sum(jax.lax.map(lambda each: each[0][each[1]], (SOFT(o), z["y"]))),
     "vmap": lambda o, z: -jnp.mean(jax.vmap(lambda row, y: row[y])(SOFT(o), z["y"])),
+    "functions": lambda o, z: (
+        -jnp.sum(
+            jax.vmap(lambda row, y: jax.lax.switch(y, [lambda r, i=i: r[i] for i in range(C)], row))(SOFT(o), z["y"])
+        )
+    ),
     "remat": jax.checkpoint(lambda o, z: jnp.sum(positions(o, z))),
     "next": lambda o, z: jnp.sum(positions(o, {"y": jnp.roll(z["y"], -1)})[:-1]),
     "class weights": lambda o, z: jnp.sum(jnp.arange(1.0, C + 1)[z["y"]] * jnp.sum(o**2, axis=-1)),
@@ -122,6 +131,9 @@ MASKED = {
     "jitted": jax.jit(lambda o, z: jnp.sum(jnp.where(z["y"] >= 0, positions(o, z), 0))),
     "safe": lambda o, z: jnp.sum(jnp.where(z["y"] >= 0, positions(o, {"y": jnp.where(z["y"] < 0, 0, z["y"])}), 0)),
     "map": lambda o, z: -jnp.sum(jax.lax.map(lambda e: jnp.where(e[1] < 0, 0, e[0][e[1]]), (SOFT(o), z["y"]))),
+    "branch": lambda o, z: (
+        -jnp.sum(jax.vmap(lambda row, y: jax.lax.cond(y >= 0, lambda: row[y], lambda: 0.0 * row[0]))(SOFT(o), z["y"]))
+    ),
     "its own": ij.losses.cross_entropy("y", ignore=-1),
     "its own, jitted": jax.jit(ij.losses.cross_entropy("y", ignore=-1)),
 }
@@ -147,6 +159,9 @@ def test_what_is_masked_may_be_anything(name):
     [
         lambda o, z: jnp.sum(o * z["v"][z["y"]]),
         lambda o, z: -SOFT(o)[jnp.clip(z["y"], 0, C - 1)],
+        lambda o, z: -SOFT(o)[jax.lax.clamp(0, z["y"], C - 1)],
+        lambda o, z: jax.lax.switch(jnp.clip(z["y"], 0, 1), [lambda o, i=i: -SOFT(o)[i] for i in range(2)], o),
+        lambda o, z: -jnp.sum(jnp.zeros(C).at[jnp.clip(z["y"], 0, C - 1)].set(1.0) * SOFT(o)),
         lambda o, z: -jnp.take(SOFT(o), jnp.maximum(0, jnp.minimum(z["y"], C - 1))),
     ],
 )
@@ -168,6 +183,54 @@ def test_one_hot():
     masked = lambda o, z: loss(o, z) * (z["y"] < C)
     for objective, value in ((masked, C), (loss, -1), (loss, 0)):
         influences(ij.Objective(outer, objective), {"x": X, "y": spoilt(Y, value)})
+
+
+@pytest.mark.parametrize(
+    "hot", [lambda y: jnp.zeros(C).at[y].set(1.0), lambda y: jnp.zeros((1, C)).at[jnp.arange(1), y].add(1.0)[0]]
+)
+def test_what_is_written_out_of_range_is_left_out(hot):
+    loss = lambda o, z: -jnp.sum(hot(z["y"]) * SOFT(o))
+    with pytest.warns(UserWarning, match=r"query: .* 2 \(4\); expected 0 to 3, for .* writes .* are left out"):
+        influences(ij.Objective(outer, loss), {"x": X, "y": spoilt(Y, C)})
+    with pytest.raises(ValueError, match=r"'y' are out of range in 2 of 6 .* 2 \(-1\); .* writes to an axis"):
+        influences(ij.Objective(outer, loss), {"x": X, "y": spoilt(Y, -1)})
+    masked = lambda o, z: loss(o, z) * (z["y"] < C)
+    influences(ij.Objective(outer, masked), {"x": X, "y": spoilt(Y, C)})
+
+
+FIXED = {
+    "one": (lambda o, z: o[5], 5),
+    "negative": (lambda o, z: SOFT(o)[-5], -5),
+    "several": (lambda o, z: jnp.sum(o[jnp.array([0, 4])]), 4),
+    "numpy": (lambda o, z: jnp.sum(o[np.array([-7, 0])]), -7),
+    "of the example": (lambda o, z: jnp.sum(o) * z["x"][3], 3),
+    "in a loop": (lambda o, z: jnp.sum(jax.lax.map(lambda a: a * o[4], o)), 4),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_places_out_of_range_are_refused(name):
+    measured, place = FIXED[name]
+    objective = ij.Objective(outer, ONE["index"])
+    influence = ij.Influence(objective, PARAMS, ij.Identity(PARAMS), measurement=bare(outer, measured))
+    with pytest.raises(ValueError, match=rf"query: the loss of .* of length \d at a fixed place, {place}, that"):
+        influence.influences({"x": X, "y": Y}, {"x": X, "y": Y})
+
+
+def test_other_fixed_places_are_meant():
+    table, mask = jnp.array([[0, -1], [2, C]]), jnp.array([[1, 1], [1, 0]])
+    loss = lambda o, z: jnp.sum(o[table] * mask) + o[-1] + o[np.array([0, -C])].sum() + jnp.take(o, 9, mode="wrap")
+    assert np.isfinite(influences(ij.Objective(outer, loss), {"x": X, "y": Y})).all()
+
+
+def test_who_reads_is_named():
+    """A lookup of a model is not the loss's."""
+    predict = lambda p, z: p["table"][z["t"]].mean(0)
+    objective = ij.Objective(predict, ij.losses.cross_entropy("y"))
+    with pytest.raises(ValueError, match=r"part 't' .* where predict \(test_who.*lambda>\) reads an axis of length 7"):
+        influences(objective, {"t": np.where(TOKENS > 2, V, TOKENS), "y": Y})
+    with pytest.raises(ValueError, match=r"where the loss of .* reads .*jnp.clip\(number, 0, 3\), whatever the mode"):
+        influences(ij.Objective(outer, ONE["along axis"]), {"x": X, "y": spoilt(Y, C)})
 
 
 def places(data):
