@@ -40,7 +40,7 @@ def check_class_numbers(
     chunk: int | None = None,
     point: Callable[[], PyTree] | None = None,
 ) -> None:
-    """Look at the class numbers of a batch; within a program that is being traced, at none.
+    """Look at the class numbers of a batch; within a program that is being traced, of one that it closes over.
 
     Args:
       objective: The loss.
@@ -64,7 +64,7 @@ def check_class_numbers(
     if plan.doubtful is not None:
         _tell_doubtful(objective, plan.doubtful, leaves[plan.leaves[plan.doubtful.part]], counted, name)
     suspects = plan.suspects(leaves)
-    if suspects and not isinstance(jnp.zeros(()), jax.core.Tracer):
+    if suspects:
         counted = np.ones(tree.count(batch), bool) if counted is None else counted
         params = params if point is None else point()
         _judge(objective, params, batch, suspects, counted, start, name, chunk or plan.chunk)
@@ -147,7 +147,7 @@ def _ends(leaf: Any) -> tuple[float, float]:
     if not isinstance(leaf, jax.Array) or readable_in_place(leaf):
         values = np.asarray(leaf)
         return values.min(), values.max()
-    low, high = _ends_on_device(leaf)
+    low, high = _now(_ends_on_device, leaf)
     return low.item(), high.item()
 
 
@@ -165,15 +165,16 @@ def _judge(
     chunk: int | None,
 ) -> None:
     """Raise, or warn, if what is read at numbers out of range makes a difference."""
-    outside, numbers, found = _out_of_range(objective, params, batch, counted, sites, chunk)
+    outside, numbers, found = _now(_out_of_range, objective, params, batch, counted, sites=sites, chunk=chunk)
     for place, site in enumerate(sites):
         if not found[place]:
             continue
         of_site = outside[:, place], numbers[:, place]
-        count, first, number = (x.item() for x in _that_matter(objective, params, batch, *of_site, site, chunk))
+        matter = _now(_that_matter, objective, params, batch, *of_site, site=site, chunk=chunk)
+        count, first, number = (x.item() for x in matter)
         if not count:
             continue
-        examples = _reprs.counted(int(np.sum(np.asarray(jnp.sum(counted)))), "example")
+        examples = _reprs.counted(int(np.sum(_now(_total, counted))), "example")
         which = f"in {count:,} of {examples}, the first example {start + first} ({number:g})"
         part = " and ".join(repr(part) for part in site.parts)
         numbers_of = f"the numbers of part {part}" if site.direct else f"the numbers made of part {part}"
@@ -203,6 +204,19 @@ def _judge(
             jax.tree.structure(objective),
             site,
         )
+
+
+def _now(program: Any, *arrays: PyTree, **static: Any) -> tuple[Any, ...]:
+    """Run a compiled program on concrete arrays, within one that is being traced as well, and not as part of it.
+
+    `jax.ensure_compile_time_eval` would not do: it reads constants within the traced loss, and leaves nothing to find.
+    """
+    if not isinstance(jnp.zeros(()), jax.core.Tracer):
+        return program(*arrays, **static)
+    return jax.tree.map(np.asarray, program.lower(*arrays, **static).compile()(*arrays))
+
+
+_total = compiled(lambda counted: (jnp.sum(counted),))
 
 
 def _traced_again(objective: PyTree, params: PyTree, example: PyTree) -> tuple[Any, list[Marked]]:

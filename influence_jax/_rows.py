@@ -96,7 +96,7 @@ def _compare(model: Batched, variables: Any, inputs: Any, tries: int) -> str | N
         pairs = zip(*(jax.tree.leaves(program(drawn, batch)) for batch in batches), strict=True)
         worst = max((_difference(*pair) for pair in pairs), default=0.0)
         if worst:
-            return f"changes by {worst:.1%} of the largest entry if only other rows of a batch of {ROWS} do"
+            return f"changes by {100 * worst:.2g}% of the largest entry if only other rows of a batch of {ROWS} do"
     return None
 
 

@@ -186,10 +186,12 @@ class Seen(NamedTuple):
     Attributes:
       unsound: For how many examples no score is finite.
       flat: Whether all scores are exactly zero.
+      traced: Whether nothing can be seen of them, for they are being traced.
     """
 
     unsound: int
     flat: bool
+    traced: bool = False
 
 
 def is_finite(values: PyTree) -> bool:
@@ -208,7 +210,7 @@ def look(scores: PyTree, axis: int, *, entire: bool = False) -> Seen:
     """Look at scores of examples along an axis, on the host; `entire` if all of an example's are to be finite."""
     leaves = jax.tree.leaves(scores)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return Seen(0, False)
+        return Seen(0, False, traced=True)
     if all(not isinstance(leaf, jax.Array) or readable_in_place(leaf) for leaf in leaves):
         return Seen(*(x.item() for x in _look(np, [np.asarray(leaf) for leaf in leaves], axis, entire)))
     with jax.ensure_compile_time_eval():
@@ -224,6 +226,12 @@ def _look(numpy: Any, leaves: list[Any], axis: int, entire: bool) -> tuple[Any, 
 
 
 _look_on_device = partial(compiled, static_argnames=("axis", "entire"))(partial(_look, jnp))
+
+
+def _is_known(arrays: PyTree) -> bool:
+    """Tell whether all arrays can be read now: none is traced, or partly with another process."""
+    leaves = jax.tree.leaves(arrays)
+    return not any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) for x in leaves)
 
 
 def number(count: Array) -> int:
@@ -278,24 +286,39 @@ class Watch:
             expected = count if seen.flat else seen.unsound
             with jax.ensure_compile_time_eval():
                 more = _find(losses, params, batch, counted, start, expected, chunk)
+        elif seen.traced and _is_known((losses, params, batch)):  # closed over by a program: its losses are known
+            with jax.ensure_compile_time_eval():
+                more = _find(losses, params, batch, counted, start, 0, chunk)
         self.flat &= more.flat == count
         self.found = self.found.then(more)
         if self.refuses and more.first is not None:
             raise refusal(self.found, self.name, self.noun)
 
-    def warn(self) -> None:
-        """Warn if there is something to tell."""
+    def warn(self) -> bool:
+        """Warn if there is something to tell, and return whether there is."""
         found, kind = self.found, f"{self.noun}{'es' if self.noun.endswith('s') else 's'}"
         if found.first is not None:
             message = f"{found.describe(self.name, self.noun)}; their {self.made} are NaN: {ADVICE}"
         elif found.examples and found.flat == found.examples:
             message = (
                 f"{self.name}: the gradient of all {found.examples:,} {kind} is exactly zero, and so are the "
-                f"{self.made}; a loss that counts or rounds, such as an accuracy, is not differentiable"
+                f"{self.made}; either the loss has nothing left to lower there, as a hinge, a triplet or a ReLU "
+                "that is satisfied or dead, or it counts or rounds, such as an accuracy, and is not differentiable"
             )
         else:
-            return
+            return False
         warnings.warn(message, LossWarning, stacklevel=levels_inside())
+        return True
+
+
+def warn_of_no_effect(wrt: str | int) -> None:
+    """Warn of derivatives in a part of the examples that are all exactly zero, though the gradients are not."""
+    warnings.warn(
+        f"wrt: the derivatives in part {wrt!r} of all gradients are exactly zero, and so are the scores; the loss does "
+        "not depend on that part, or rounds it or casts it to integers, which has no derivative",
+        LossWarning,
+        stacklevel=levels_inside(),
+    )
 
 
 def warn_of_overflow(scores: Sequence[PyTree]) -> None:

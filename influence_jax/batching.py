@@ -116,11 +116,13 @@ def check_like(batch: PyTree, others: PyTree, name: str, of: str, *, other_kind:
       other_kind: Whether they may be examples of another kind, so that only what is one of these exactly is refused.
 
     Raises:
-      ValueError: Naming the leaf and both shapes.
+      ValueError: Naming the leaf and both shapes, or both dtypes, as `check_kinds`.
     """
     pairs = list(zip(tree.named_leaves(batch), tree.named_leaves(others), strict=False))
     if jax.tree.structure(batch) != jax.tree.structure(others):
         return
+    if not other_kind:
+        check_kinds(batch, others, name, of)
     apart = [(path, x.shape, y.shape) for (path, x), (_, y) in pairs if len(x.shape) != len(y.shape)]
     if other_kind and any(x.shape != y.shape[1:] or x.dtype != y.dtype for (_, x), (_, y) in pairs):
         return
@@ -132,6 +134,27 @@ def check_like(batch: PyTree, others: PyTree, name: str, of: str, *, other_kind:
             f"there and {expected[1:]} here; expected a leading axis of examples: of a single one, give "
             f"jax.tree.map(lambda a: a[None], {name})"
         )
+
+
+def check_kinds(batch: PyTree, others: PyTree, name: str, of: str) -> None:
+    """Raise if a part of a batch is integers and of another one floating, as pixels before and after their scaling.
+
+    Widths may differ, booleans may be either, and of another structure nothing is compared.
+
+    Raises:
+      ValueError: Naming the leaf and both dtypes.
+    """
+    if jax.tree.structure(batch) != jax.tree.structure(others):
+        return
+    for (path, x), (_, y) in zip(tree.named_leaves(batch), tree.named_leaves(others), strict=True):
+        for one, other in ((x, y), (y, x)):
+            if jnp.issubdtype(one.dtype, jnp.integer) and jnp.issubdtype(other.dtype, jnp.floating):
+                leaf = f"leaf '{path}'" if path else "the array"
+                raise ValueError(
+                    f"{name}: {leaf} is {x.dtype}, that of {of} {y.dtype}; expected examples that were prepared alike, "
+                    "for pixels from 0 to 255 are other numbers than those from 0 to 1; if these are the same numbers, "
+                    "cast them to one dtype"
+                )
 
 
 def as_dicts(data: PyTree) -> PyTree:
@@ -159,7 +182,8 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
     batch = plain(batch, name)
     _refuse_loader(batch, name)
     check_batch(batch, name)
-    return jax.tree.map(jnp.asarray, batch)
+    with jax.ensure_compile_time_eval():  # under jit, too, what is concrete stays so, to be looked at
+        return jax.tree.map(jnp.asarray, batch)
 
 
 def _refuse_loader(batch: PyTree, name: str) -> None:

@@ -21,16 +21,16 @@ from . import _reprs, tree
 from ._memory import explain_memory_errors
 from ._mesh import compiled
 from ._pytree import dataclass, set_field, static
-from ._sound import Seen, Watch, finite_gradients, look, number, warn_of_overflow
+from ._sound import Seen, Watch, finite_gradients, look, number, warn_of_no_effect, warn_of_overflow
 from ._typing import Array, LossFunction, PyTree
-from .batching import as_batch, check_chunk, check_like, check_positive, map_chunks
+from .batching import as_batch, check_chunk, check_kinds, check_like, check_positive, map_chunks
 from .blocks import Block, Blocks, is_by_block, join_whole, partition, select
 from .curvature import Identity, LinearOperator, check_losses
 from .curvature.fisher import Keyed
 from .curvature.losses import check_products
 from .curvature.outputs import require_split
 from .gradients import _per_example_grads, check_wrt
-from .objective import LossOnly, Objective, as_objective, on_block
+from .objective import LossOnly, Objective, as_objective, constants_of, on_block
 from .scoring import (
     InfluenceMode,
     Mode,
@@ -48,6 +48,8 @@ from .scoring import (
 )
 from .solvers import Info, Inverse, all_converged, inverted_layers, is_nan, report, rows_at_once, solve_with_info
 from .solvers.base import check_inverse
+
+CURVED = "the data of the curvature"
 
 
 @explain_memory_errors(
@@ -76,8 +78,8 @@ class Influence:
 
     Raises:
       TypeError, ValueError: If an argument is not of that form, P does not act on `params`, is a curvature rather than
-        its inverse, or was fitted at other parameters.  Of traced parameters nothing is raised: where they differ from
-        those of the fit, factors and scores are NaN.
+        its inverse, or was fitted at other parameters or with other constants.  Of traced ones nothing is raised: where
+        they differ from those of the fit, factors and scores are NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,7 +116,7 @@ class Influence:
         tree.check_vector(self.params, self.inverse.space, "params, against the space of inverse")
         check_chunk(self.chunk)
         check_chunk(self.rhs_chunk, "rhs_chunk")
-        set_field(self, "_fits", check_inverse(self.inverse, self.params))
+        set_field(self, "_fits", check_inverse(self.inverse, self.params, constants_of(self.objective)))
 
     def check_query(self, query: PyTree, train: PyTree = None, of: str = "train") -> None:
         """Raise if `query` is one example without its leading axis, beside those of `train` or of the curvature.
@@ -122,9 +124,17 @@ class Influence:
         `of` says what these are.
         """
         if train is None:
-            train, of = examples_of(self.inverse), "the data of the curvature"
+            train, of = examples_of(self.inverse), CURVED
+        else:
+            self.check_train(train, of)
         if train is not None:
             check_like(query, train, "query", of, other_kind=self.measurement is not None)
+
+    def check_train(self, train: PyTree, name: str = "train") -> None:
+        """Raise if the examples `train`, the argument `name`, are not prepared as those of the curvature are."""
+        others = examples_of(self.inverse)
+        if others is not None:
+            check_kinds(train, others, name, CURVED)
 
     def where_fitted(self, values: PyTree) -> PyTree:
         """Return `values` that the inverse had a part in; NaN where, under tracing, it was fitted elsewhere."""
@@ -169,7 +179,7 @@ class Influence:
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
         scores = self._scores(query, train, mode, wrt)
-        self.tell([scores], query, train)
+        self.tell([scores], query, train, _moved(mode, wrt))
         return scores
 
     def _scores(self, query: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
@@ -181,12 +191,18 @@ class Influence:
             return scores
         return self._from_factors(self.factors_untold(query), train, mode, wrt)
 
-    def tell(self, scores: Sequence[PyTree], query: PyTree | None, train: PyTree) -> None:
-        """Warn about losses of `query` and `train` behind `scores`, leaves `(Q, N, ...)`, those of blocks together."""
+    def tell(self, scores: Sequence[PyTree], query: PyTree | None, train: PyTree, wrt: str | int | None = None) -> None:
+        """Warn about losses of `query` and `train` behind `scores`, leaves `(Q, N, ...)`, those of blocks together.
+
+        `wrt` is the part of an example that they are derivatives in, if they are.
+        """
+        told = False
         for watch, batch, axis in ((self.query_watch(), query, 0), (self.train_watch(), train, 1)):
             if batch is not None:
                 watch.batch(look(scores, axis), batch)
-                watch.warn()
+                told |= watch.warn()
+        if wrt is not None and not told and look(scores, 1).flat:
+            warn_of_no_effect(wrt)
         warn_of_overflow(scores)
 
     def query_watch(self, made: str = "scores", name: str = "query") -> Watch:
@@ -261,8 +277,9 @@ class Influence:
           TypeError: If the perturbed part is not floating.
         """
         train, mode = as_batch(train, "train"), as_mode(mode)
+        self.check_train(train)
         scores = self.from_factors_untold(factors, train, mode, wrt)
-        self.tell([scores], None, train)
+        self.tell([scores], None, train, _moved(mode, wrt, factors))
         return scores
 
     def from_factors_untold(self, factors: PyTree, train: PyTree, mode: InfluenceMode, wrt: str | int) -> PyTree:
@@ -364,8 +381,9 @@ class Influence:
         """
         join_whole(factors, self.params)
         train, mode = as_batch(train, "train"), as_mode(mode)
+        self.check_train(train)
         scores = self._from_factors_by_block(factors, train, mode, wrt)
-        self.tell(list(scores.values()), None, train)
+        self.tell(list(scores.values()), None, train, _moved(mode, wrt, dict(factors)))
         return scores
 
     def _from_factors_by_block(
@@ -408,7 +426,7 @@ class Influence:
         if mode is InfluenceMode.Perturbation:
             check_wrt(train, wrt)
         scores = self._from_factors_by_block(self._factors_by_block(query, blocks), train, mode, wrt)
-        self.tell(list(scores.values()), query, train)
+        self.tell(list(scores.values()), query, train, _moved(mode, wrt))
         return scores
 
     def self_influences(self, batch: PyTree) -> Array:
@@ -425,7 +443,7 @@ class Influence:
         """
         batch, others = as_batch(batch, "batch"), examples_of(self.inverse)
         if others is not None:
-            check_like(batch, others, "batch", "the data of the curvature")
+            check_like(batch, others, "batch", CURVED)
         values = self.self_influences_untold(batch)
         watch = self.train_watch("batch")
         watch.batch(look(values, 0), batch)
@@ -503,6 +521,12 @@ class Influence:
     def __repr__(self) -> str:
         asked = "" if self.measurement is None else f"measurement={self.measurement!r}"
         return _reprs.call(self, repr(self.objective), repr(self.inverse), asked)
+
+
+def _moved(mode: InfluenceMode, wrt: str | int, factors: PyTree = None) -> str | int | None:
+    """Return the part of an example that scores are derivatives in; None if they are none, or have to be zero."""
+    zero = factors is not None and look(factors, 0).flat
+    return wrt if mode is InfluenceMode.Perturbation and not zero else None
 
 
 def examples_of(op: Any) -> PyTree | None:

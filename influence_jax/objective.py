@@ -209,6 +209,12 @@ def as_objective(objective: Any, name: str = "objective") -> Objective | LossOnl
     return LossOnly(objective)
 
 
+def constants_of(objective: Any) -> tuple[PyTree, ...]:
+    """Return the constants of an objective, alone in a tuple; an empty one where it has none."""
+    constants = getattr(objective, "constants", None)
+    return () if constants is None else (constants,)
+
+
 def floating_output(objective: Objective, params: PyTree, example: PyTree) -> PyTree:
     """The model's output for one example, checked to be floating."""
     out = objective.output(params, example)

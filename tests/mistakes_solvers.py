@@ -73,7 +73,7 @@ SOLVERS = [
         "inverse of an inverse",
         lambda: ij.Influence(OBJECTIVE, PARAMS, ij.invert(INFLUENCE.inverse, ij.CG(0.1))),
         TypeError,
-        ["inverse", "got a curvature", "Inverse(Inverse(GGN"],
+        ["inverse", "got a curvature", "Inverse(Inverse(GGN", "what is inverted there once, Inverse(GGN"],
     ),
     (
         "inverse of other parameters",

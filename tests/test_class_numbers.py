@@ -287,11 +287,15 @@ def test_a_weight_of_zero_removes_an_example():
     assert np.isfinite(ij.trace(ij.kfac(objective, params, data, weights=weights)))
 
 
-def test_under_tracing_nothing_is_said():
+def test_under_tracing_nothing_is_said_of_what_is_traced():
+    """What a program closes over is known, and looked at as ever."""
     data = {"x": X, "y": spoilt(Y, C)}
     objective = ij.Objective(outer, ONE["index"])
     assert np.isfinite(jax.jit(lambda batch: influences(objective, batch))(data)).all()
-    assert np.isfinite(jax.jit(lambda s: s * influences(objective, data))(1.0)).all()
+    for held in (data, jax.tree.map(jnp.asarray, data)):
+        with pytest.raises(ValueError, match=r"the numbers of part 'y' are out of range in 2 of 6 examples"):
+            jax.jit(lambda s, held=held: s * influences(objective, held))(1.0)
+    assert np.isfinite(jax.jit(lambda s: s * influences(objective, {"x": X, "y": Y}))(1.0)).all()
 
 
 def optax_of(label):

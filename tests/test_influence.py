@@ -443,6 +443,100 @@ class TestWhereAnInverseWasFitted:
         assert jax.tree.leaves(jax.vmap(at)(jnp.arange(3.0)))[0].shape[0] == 3
 
 
+class TestConstantsOfAnInverse:
+    """Those of the influence's loss, or it is refused: as statistics of before the training."""
+
+    def loss(self, shift, count=3):
+        statistics = {"mean": jnp.full(3, shift), "seen": jnp.int32(count)}
+        return ij.Objective(
+            lambda p, z, c: p["w"] * (z["x"] - c["mean"]) * c["seen"].astype(float),
+            lambda out, z: jnp.sum((out - z["y"]) ** 2),
+            constants=statistics,
+        )
+
+    def inverses(self, loss):
+        ggn = ij.GGN(loss, SCALED, ROWS)
+        yield (exact := ij.invert(ggn, ij.Direct(0.1)))
+        yield 2.0 * exact + ij.Identity(SCALED)
+        yield ij.stream.invert(ij.GGN, loss, SCALED, [ROWS], ij.CG(0.1), progress=False)
+
+    def test_others_are_refused(self):
+        for inverse in self.inverses(self.loss(0.0)):
+            assert ij.Influence(self.loss(0.0), SCALED, inverse).inverse is inverse
+            with pytest.raises(
+                ValueError, match=r"constants: leaf 'mean' is up to 2.0e\+00 away from those that .*GGN"
+            ):
+                ij.Influence(self.loss(2.0), SCALED, inverse)
+            with pytest.raises(ValueError, match=r"constants: leaf 'seen' is up to 4.0e\+00 away"):
+                ij.Influence(self.loss(0.0, 7), SCALED, inverse)
+            assert ij.Influence(SCALING, SCALED, inverse).inverse is inverse  # a loss that has none
+
+    def test_under_tracing_they_are_nan(self):
+        inverse = next(self.inverses(self.loss(0.0)))
+        scores = jax.vmap(lambda s: ij.Influence(self.loss(s), SCALED, inverse).influences(ROWS, ROWS))
+        other, same = scores(jnp.array([2.0, 0.0]))
+        assert np.isnan(other).all()
+        eager = ij.Influence(self.loss(0.0), SCALED, inverse).influences(ROWS, ROWS)
+        assert relative_error(same, eager) < 1e-12
+
+
+RAW = {"x": np.arange(6, dtype=np.uint8).reshape(2, 3), "y": np.ones((2, 3))}
+
+
+class TestExamplesPreparedAlike:
+    """Pixels are from 0 to 255 or from 0 to 1 on both sides, or it is refused."""
+
+    WORDS = r"{}: leaf 'x' is uint8, that of {} float64; expected examples that were prepared alike"
+
+    def test_of_queries_and_examples(self):
+        plain = ij.Influence(SCALING, SCALED, ij.Identity(SCALED))
+        fitted = ij.Influence(SCALING, SCALED, ij.invert(ij.GGN(SCALING, SCALED, ROWS), ij.Direct(0.1)))
+        of_curvature = "the data of the curvature"
+        for call, name, of in (
+            (lambda: plain.influences(RAW, ROWS), "query", "train"),
+            (lambda: plain.top_k(RAW, ROWS, 1), "query", "train"),
+            (lambda: ij.stream.scores(plain, RAW, [ROWS], progress=False), "query", "loader"),
+            (lambda: fitted.influence_factors(RAW), "query", of_curvature),
+            (lambda: fitted.self_influences(RAW), "batch", of_curvature),
+            (lambda: fitted.influences(RAW, RAW), "train", of_curvature),
+            (lambda: fitted.influences_from_factors({"w": jnp.ones((1, 3))}, RAW), "train", of_curvature),
+        ):
+            with pytest.raises(ValueError, match=self.WORDS.format(name, of)):
+                call()
+        with pytest.raises(ValueError, match="query: leaf 'x' is float64, that of train uint8"):
+            plain.influences(ROWS, RAW)
+
+    def test_widths_and_flags_may_differ(self):
+        casting = ij.Objective(lambda p, z: p["w"] * z["x"].astype(float), SCALING.loss)
+        plain = ij.Influence(casting, SCALED, ij.Identity(SCALED))
+        for kinds in ((np.int32, np.int64), (np.float32, np.float64), (bool, np.float32), (jnp.bfloat16, np.float32)):
+            query, train = ({**ROWS, "x": (ROWS["x"] > 3).astype(kind)} for kind in kinds)
+            assert np.isfinite(plain.influences(query, train)).all()
+        margin = lambda params, z: jnp.sum(params["w"] * z["x"].astype(float))
+        other = dataclasses.replace(plain, measurement=margin)
+        assert other.influences(RAW, ROWS).shape == (2, 5)
+
+
+class TestPartsWithoutEffect:
+    """Derivatives in them are zero, and are said to be; as those of a loss that rounds."""
+
+    def test_perturbations_are_told(self, recwarn):
+        rounded = ij.Objective(lambda p, z: p["w"] * jnp.round(z["x"]), SCALING.loss)
+        unused = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: jnp.sum(out**2))
+        for objective, wrt in ((rounded, "x"), (unused, "y")):
+            influence = ij.Influence(objective, SCALED, ij.Identity(SCALED))
+            factors = influence.influence_factors(ROWS)
+            for call in (
+                lambda i=influence, w=wrt: i.influences(ROWS, ROWS, "perturbation", wrt=w),
+                lambda i=influence, w=wrt, f=factors: i.influences_from_factors(f, ROWS, "perturbation", wrt=w),
+            ):
+                with pytest.warns(ij.LossWarning, match=f"wrt: the derivatives in part '{wrt}' .* exactly zero"):
+                    call()
+            influence.influences_from_factors(jax.tree.map(jnp.zeros_like, factors), ROWS, "perturbation", wrt=wrt)
+        ij.Influence(SCALING, SCALED, ij.Identity(SCALED)).influences(ROWS, ROWS, "perturbation")
+        assert not recwarn.list
+
+
 SCALED, ROW = {"w": jnp.arange(1.0, 4.0)}, {"x": jnp.ones(3), "y": jnp.zeros(3)}
 ROWS = {"x": jnp.arange(15.0).reshape(5, 3), "y": jnp.ones((5, 3))}
 SCALING = ij.Objective(lambda p, z: p["w"] * z["x"], lambda out, z: jnp.sum((out - z["y"]) ** 2))

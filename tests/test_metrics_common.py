@@ -203,6 +203,25 @@ class TestMistakes:
         with pytest.raises(error, match=message):
             measure(*args, **kwargs)
 
+    @pytest.mark.parametrize(
+        "name", ["auc", "discovery_curve", "removal_masks", "recall_at_k", "reciprocal_rank", "top_k_overlap", "lds"]
+    )
+    def test_places_are_no_scores(self, name):
+        """As in TopK.indices, or of a sort; whole numbers that are scores are cast."""
+        measure, (scores, *others) = MEASURES[name]
+        for places in (np.argsort(-scores), jnp.argsort(-scores), np.argsort(-scores).astype(np.uint8)):
+            with pytest.raises(
+                TypeError, match=r"got u?int(8|32|64)\[.*expected scores; integers are places.*TopK.indices"
+            ):
+                measure(places, *others)
+        assert jax.tree.leaves(measure(np.argsort(-scores).astype(float), *others))
+
+    def test_rankings_of_runs_are_no_scores(self):
+        with pytest.raises(TypeError, match=r"scores: got int64\[.*cast them to float"):
+            metrics.rank_stability(np.argsort(OUTCOMES, axis=-1))
+        with pytest.raises(TypeError, match=r"b: got int64\[.*cast them to float"):
+            metrics.top_k_overlap(SCORES, np.argsort(-SCORES), 3)
+
     def test_shapes_are_checked_under_jit(self):
         with pytest.raises(ValueError, match="masks: got shape"):
             jax.jit(metrics.lds)(SCORES, MASKS[:, 1:], OUTCOMES)
@@ -253,7 +272,7 @@ class TestSinglePrecision:
         whole = np.array([2**40 + 2, 2**40 + 1, 2**40, 2**40 + 3])
         assert metrics.correlation(whole, np.array([3, 2, 1, 4], np.int8)) > 1 - 1e-6
         assert metrics.correlation(whole, np.array([3, 2, 1, 4.0]), method="pearson") > 1 - 1e-6
-        assert metrics.auc(whole, np.array([1, 0, 0, 1], np.uint64)) == 1
+        assert metrics.auc(whole.astype(float), np.array([1, 0, 0, 1], np.uint64)) == 1
         for dtype in (bool, np.int8, np.int64, np.uint8, np.float64, np.float32):
             assert metrics.predicted_changes(np.eye(3), (~np.eye(3, dtype=bool)).astype(dtype)).shape == (3, 3)
 

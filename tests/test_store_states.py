@@ -83,6 +83,24 @@ class TestStates:
         compiler = jax.config.read("jax_disable_most_optimizations")
         assert python(code, tmp_path / "s", compiler) == f"{expected.tobytes().hex()} True"
 
+    @pytest.mark.parametrize("solver", [ij.Direct(0.1), ij.SampleSpace(0.1)], ids=["Direct", "SampleSpace"])
+    def test_what_was_found_out_from_values_is_vouched_for(self, tmp_path, solver):
+        """That a loss of one's own is convex is not to be seen in shapes."""
+        objective = ij.Objective(lambda p, z: z["x"] @ p["w"], lambda out, z: jnp.sum(jnp.cosh(out - z["y"])))
+        rng = np.random.default_rng(0)
+        params, data = {"w": jnp.asarray(rng.normal(size=(2, 2)))}, {"x": rng.normal(size=(3, 2)), "y": np.ones((3, 2))}
+        fit = lambda data, vouched=False: ij.invert(curvature(data, vouched), solver)
+        curvature = lambda data, vouched: (
+            ij.GGN(objective, params, data).assume_psd() if vouched else ij.GGN(objective, params, data)
+        )
+        inverse = fit(data)
+        stores.save(tmp_path / "s", inverse)
+        with pytest.raises(ValueError, match=r"of the same call, but with GGN\(...\).assume_psd\(\) in it"):
+            stores.load(tmp_path / "s", jax.eval_shape(fit, data))
+        for like in (jax.eval_shape(lambda: fit(data)), jax.eval_shape(lambda d: fit(d, vouched=True), data)):
+            loaded = stores.load(tmp_path / "s", like)
+            np.testing.assert_array_equal(loaded.mv(params)["w"], inverse.mv(params)["w"])
+
     def test_sharded_over_eight_devices(self, tmp_path):
         mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         placed = NamedSharding(mesh, PartitionSpec("a", "b"))

@@ -24,7 +24,7 @@ from .._typing import Array, LossFunction, PyTree
 from .._words import name_of
 from ..batching import DEFAULT_CHUNK, Spare, as_batch, check_chunk, map_rows, sum_over, take
 from ..gradients import all_or_nan, directional, matching
-from ..objective import LossOnly, Objective, as_objective, floating_output, on_block
+from ..objective import LossOnly, Objective, as_objective, constants_of, floating_output, on_block
 from .capabilities import minibatch, not_convex_because, restrict, settled, sums, wide_dtype
 from .convexity import Convexity, convexity, is_at_hand, is_declared_convex
 from .layout import Layout, constrain, layout_of
@@ -82,6 +82,10 @@ class OverData(LinearOperator, abc.ABC):
     @property
     def fitted_at(self) -> tuple[PyTree, ...]:
         return (self.space,)
+
+    @property
+    def fitted_with(self) -> tuple[PyTree, ...]:
+        return constants_of(self.objective)
 
     def mv(self, v: PyTree) -> PyTree:
         tree.check_vector(v, self.params, "v")

@@ -221,9 +221,16 @@ def check_fitted(curvature: Kronecker, recipe: Recipe, op: EmpiricalFisher | Non
     for layer in curvature.layers:
         if not _finite(Kronecker(curvature.params, (layer,))):
             why = _why_not(recipe, op) if op is not None else ""
-            if not why and recipe.labels != "empirical":
-                why = "the loss of an example may not be convex in the output, or have no second derivative there"
-            why = f"{why}, use labels='empirical'; or " if why else ""
+            if why:
+                raise ValueError(
+                    f"data: labels={recipe.labels!r} give no curvature of {list(layer.layer.names)}, for {why}; use "
+                    "labels='empirical'"
+                )
+            if recipe.labels != "empirical":
+                why = (
+                    "the loss of an example may not be convex in the output, or have no second derivative there, use "
+                    "labels='empirical'; or "
+                )
             raise ValueError(
                 f"data: the curvature of {list(layer.layer.names)} is not finite; {why}parameters, data or weights "
                 "hold NaN or infinite numbers"

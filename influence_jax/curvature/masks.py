@@ -15,7 +15,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from .. import tree
+from .. import _reprs, tree
 from .._typing import Array, PyTree
 from .._words import ask
 from ..blocks import is_below
@@ -54,8 +54,9 @@ def as_masks(mask: Mask | Mapping[str, Mask] | None) -> Mask | Named | None:
             check_hashable(fn, f"mask[{prefix!r}]")
         return Named(tuple(sorted(mask.items(), key=lambda item: item[0])))
     if not callable(mask):
+        described = _reprs.array(mask) if hasattr(mask, "shape") and hasattr(mask, "dtype") else repr(mask)[:80]
         raise TypeError(
-            f"mask: got {mask!r}, expected a function mask(example) -> (T,), a mapping from prefixes of parameter "
+            f"mask: got {described}, expected a function mask(example) -> (T,), a mapping from prefixes of parameter "
             "names to such functions, or None"
         )
     check_hashable(mask, "mask")

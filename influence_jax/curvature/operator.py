@@ -176,6 +176,11 @@ class LinearOperator(abc.ABC):
         return ()
 
     @property
+    def fitted_with(self) -> tuple[PyTree, ...]:
+        """The constants of the objectives it was computed of, where it holds them and there are any."""
+        return ()
+
+    @property
     def at_hand(self) -> bool:
         """Whether its products can still be had; not those over data that were read once and are gone."""
         return True
@@ -276,6 +281,10 @@ class Wrapper(LinearOperator):
     @property
     def fitted_at(self) -> tuple[PyTree, ...]:
         return tuple(at for part in self.parts for at in part.fitted_at)
+
+    @property
+    def fitted_with(self) -> tuple[PyTree, ...]:
+        return tuple(constants for part in self.parts for constants in part.fitted_with)
 
     @property
     def at_hand(self) -> bool:

@@ -49,6 +49,23 @@ def numbers(value: Any, name: str, *axes: str, only: str | None = None) -> Array
     return tree.promote(array) if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
 
 
+def score_numbers(value: Any, name: str, *axes: str, only: str | None = None) -> Array:
+    """Return scores, as `numbers` but for integers, which say where examples are.
+
+    Raises:
+      TypeError: If they are integers, as `TopK.indices` and what `argsort` gives.
+      TypeError, ValueError: As `numbers`.
+    """
+    array = _array(value, name, axes)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"{name}: got {array.dtype}{list(array.shape)}, expected scores; integers are places of examples, as in "
+            "TopK.indices or what argsort gives: pass the scores themselves, of all examples; if these are scores, "
+            "cast them to float, .astype(float)"
+        )
+    return numbers(array, name, *axes, only=only)
+
+
 def _narrow(array: np.ndarray, name: str, only: str | None) -> np.ndarray:
     """Cast on the host what JAX would cut: float64 where 64-bit mode is off, and integers."""
     wanted = np.dtype(jnp.result_type(float))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import _reprs
 from .._typing import Array, ArrayLike
-from .checks import check_k, check_least, check_same, flags, numbers
+from .checks import check_k, check_least, check_same, flags, score_numbers
 from .ranks import measure, nan_where, places, ranks, share_in_top
 
 
@@ -61,7 +61,7 @@ def auc(suspicion: ArrayLike, flipped: ArrayLike) -> Array:
 
 
 def _suspects(suspicion: ArrayLike, flipped: ArrayLike) -> tuple[Array, Array]:
-    suspicion, flipped = numbers(suspicion, "suspicion", "(N,)", only="order"), flags(flipped, "flipped", "(N,)")
+    suspicion, flipped = score_numbers(suspicion, "suspicion", "(N,)", only="order"), flags(flipped, "flipped", "(N,)")
     check_same("flipped", flipped.shape, suspicion.shape, "one entry for each example of suspicion")
     return suspicion, flipped
 
@@ -179,7 +179,7 @@ def recall_at_k(scores: ArrayLike, relevant: ArrayLike, k: int) -> Array:
 
 
 def _retrieved(scores: ArrayLike, relevant: ArrayLike) -> tuple[Array, Array]:
-    scores, relevant = numbers(scores, "scores", "(Q, N)", only="order"), flags(relevant, "relevant", "(Q, N)")
+    scores, relevant = score_numbers(scores, "scores", "(Q, N)", only="order"), flags(relevant, "relevant", "(Q, N)")
     check_same("relevant", relevant.shape, scores.shape, "that of scores")
     return scores, relevant
 
@@ -251,7 +251,7 @@ def top_k_overlap(a: ArrayLike, b: ArrayLike, k: int) -> Array:
 
     Reference: Fagin, Kumar & Sivakumar 2003, doi:10.1137/S0895480102412856.
     """
-    a, b = numbers(a, "a", "(Q, N)", only="order"), numbers(b, "b", "(Q, N)", only="order")
+    a, b = score_numbers(a, "a", "(Q, N)", only="order"), score_numbers(b, "b", "(Q, N)", only="order")
     check_same("b", b.shape, a.shape, "that of a")
     check_k(k, a.shape[1])
     return _top_k_overlap(a, b, k)
@@ -284,7 +284,7 @@ def rank_stability(scores: ArrayLike) -> Array:
 
     Reference: Spearman 1904, doi:10.2307/1412159.
     """
-    scores = numbers(scores, "scores", "(R, Q, N)", only="order")
+    scores = score_numbers(scores, "scores", "(R, Q, N)", only="order")
     check_least("scores", scores.shape[0], 2, "runs", "stability is between runs")
     check_least("scores", scores.shape[2], 3, "examples", "a correlation of fewer says nothing")
     return _rank_stability(scores)

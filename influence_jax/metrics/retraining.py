@@ -15,7 +15,7 @@ from .. import tree
 from .._mesh import compiled
 from .._typing import Array, ArrayLike, Key
 from ..batching import check_key, check_positive, map_over
-from .checks import check_least, check_method, check_removal, check_same, flags, numbers
+from .checks import check_least, check_method, check_removal, check_same, flags, numbers, score_numbers
 from .ranks import check_rows, correlate, measure, nan_where
 
 LARGEST_FIRST = {"helpful": -1, "harmful": 1}
@@ -64,7 +64,7 @@ def predicted_changes(scores: ArrayLike, masks: ArrayLike, *, removal: str = "me
     Reference: Koh & Liang 2017, arXiv:1703.04730, section 2.1; of groups: Koh et al. 2019, arXiv:1905.13289.
     """
     check_removal(removal)
-    scores, masks = numbers(scores, "scores", "(Q, N)"), flags(masks, "masks", "(S, N)")
+    scores, masks = score_numbers(scores, "scores", "(Q, N)"), flags(masks, "masks", "(S, N)")
     hint = f"one entry for each example of scores {scores.shape}; scores are (Q, N) and masks (S, N)"
     check_same("masks", masks.shape, (masks.shape[0], scores.shape[1]), hint)
     if removal == "mean" and not isinstance(masks, jax.core.Tracer):
@@ -265,7 +265,7 @@ def removal_masks(scores: ArrayLike, counts: Sequence[int], *, remove: str = "he
     """
     if not isinstance(remove, str) or remove not in LARGEST_FIRST:
         raise ValueError(f"remove: got {remove!r}, expected one of {list(LARGEST_FIRST)}")
-    scores = numbers(scores, "scores", "(Q, N)", "(N,)", only="order")
+    scores = score_numbers(scores, "scores", "(Q, N)", "(N,)", only="order")
     removed = _counts(counts)
     if removed.max() >= scores.shape[-1]:
         raise ValueError(f"counts: got {counts}, expected 0 to {scores.shape[-1] - 1}, for there is nothing beyond")

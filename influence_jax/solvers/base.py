@@ -341,44 +341,79 @@ def _(op: Inverse) -> str:
     return not_convex_because(op.op)
 
 
-def check_inverse(inverse: LinearOperator, params: PyTree) -> Array | None:
-    """Raise unless an operator may stand for an inverse curvature at `params`.
+def check_inverse(inverse: LinearOperator, params: PyTree, constants: tuple[PyTree, ...] = ()) -> Array | None:
+    """Raise unless an operator may stand for an inverse curvature at `params`, of a loss with these `constants`.
 
-    A curvature itself is never meant, nor an inverse that was fitted at other parameters, as after training on.  Under
-    tracing nothing can be raised: whether traced parameters are those of the fit is returned, () bool, for what comes
-    of it to be NaN if not; None where there is nothing to compare.  What cannot be read here passes unseen.
+    A curvature itself is never meant, nor an inverse that was fitted at other parameters, as after training on, or with
+    other constants, as the statistics of before the training.  Under tracing nothing can be raised: whether traced
+    arrays are those of the fit is returned, () bool, for what comes of it to be NaN if not; None where there is nothing
+    to compare.  What cannot be read here passes unseen, and so do constants of another model, or none.
     """
     if inverse.is_curvature:
         raise TypeError(
-            f"inverse: got a curvature, {inverse!r}; expected its inverse: invert({inverse!r}, BlockCG(damping)), or "
-            "another solver"
+            f"inverse: got a curvature, {inverse!r}; expected its inverse: {_its_inverse(inverse)}, or another solver"
         )
     alike = []
     for fitted in inverse.fitted_at:
-        for (name, leaf), (_, at) in zip(tree.named_leaves(params), tree.named_leaves(fitted), strict=True):
-            if leaf is at:
-                continue
-            if _is_traced(leaf, at):
-                alike.append(_alike(leaf, at))
-                continue
-            apart = _distance(leaf, at)
-            if apart is not None:
-                raise ValueError(
-                    f"params: leaf '{name}' is up to {apart:.1e} away from where {inverse!r} was fitted, expected the "
-                    "parameters it was fitted at; fit the inverse again at these, or pass those"
-                )
+        pairs = _pairs(params, fitted)
+        alike += _check_same(pairs, f"where {inverse!r} was fitted", "params", "parameters it was fitted at", "at")
+    for fitted in inverse.fitted_with:
+        pairs = [pair for ours in constants if _have_shapes(ours, fitted) for pair in _pairs(ours, fitted)]
+        alike += _check_same(pairs, f"those that {inverse!r} was fitted with", "constants", "same ones", "with")
     return jnp.all(jnp.stack(alike)) if alike else None
+
+
+def _its_inverse(curvature: LinearOperator) -> str:
+    """Say how to invert a curvature; what was inverted twice is one of which the inner inverse is meant."""
+    if isinstance(curvature, Inverse) and isinstance(curvature.op, Inverse):
+        return f"what is inverted there once, {curvature.op!r}"
+    return f"invert({curvature!r}, BlockCG(damping))"
+
+
+def _have_shapes(tree_: PyTree, other: PyTree) -> bool:
+    """Tell whether two trees are alike but for what their arrays hold."""
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(x)] for x in (tree_, other)]
+    return jax.tree.structure(tree_) == jax.tree.structure(other) and shapes[0] == shapes[1]
+
+
+def _pairs(ours: PyTree, theirs: PyTree) -> list[tuple[str, Any, Any]]:
+    both = zip(tree.named_leaves(ours), tree.named_leaves(theirs), strict=True)
+    return [(name, leaf, at) for (name, leaf), (_, at) in both]
+
+
+def _check_same(pairs: list[tuple[str, Any, Any]], there: str, argument: str, expected: str, how: str) -> list[Array]:
+    """Raise if arrays differ from those of a fit; return of which traced ones, () bool each, it is to be seen."""
+    alike = []
+    for name, leaf, at in pairs:
+        if leaf is at:
+            continue
+        if _is_traced(leaf, at):
+            alike.append(_alike(leaf, at))
+            continue
+        apart = _distance(leaf, at)
+        if apart is not None:
+            raise ValueError(
+                f"{argument}: leaf '{name}' is up to {apart:.1e} away from {there}, expected the {expected}; fit the "
+                f"inverse again {how} these, or pass those"
+            )
+    return alike
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _is_traced(leaf: Any, other: Any) -> bool:
     """Tell whether two arrays can be compared inside of a program only."""
-    arrays = all(isinstance(x, jax.Array | np.ndarray) for x in (leaf, other))
+    arrays = all(isinstance(x, jax.Array | np.ndarray) and not _is_key(x) for x in (leaf, other))
     return arrays and any(isinstance(x, jax.core.Tracer) for x in (leaf, other))
 
 
 def _alike(leaf: Array, other: Array) -> Array:
     """Tell, inside of a program, whether two leaves are equal as `_distance` understands it."""
     left, right = lax.stop_gradient((jnp.asarray(leaf), jnp.asarray(other)))
+    if not _are_floating(left, right):
+        return jnp.array_equal(left, right)
     infos = [jnp.finfo(x.dtype) for x in (left, right)]
     if infos[0].bits == infos[1].bits and left.dtype != right.dtype:
         rounding = float(max(info.eps for info in infos))
@@ -389,11 +424,18 @@ def _alike(leaf: Array, other: Array) -> Array:
     return jnp.array_equal(*rounded, equal_nan=True)
 
 
+def _are_floating(*arrays: Any) -> bool:
+    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
+
+
 def _distance(leaf: Any, other: Any) -> float | None:
     """Return how far two leaves are apart where they differ in the narrower of their dtypes, else None."""
     left, right = _on_this_host(leaf), _on_this_host(other)
     if left is None or right is None:
         return None
+    if not _are_floating(left, right):
+        one, two = (x if x.dtype.kind == "c" else x.astype(np.float64) for x in (left, right))
+        return None if np.array_equal(one, two) else float(np.max(np.abs(one - two)))
     widths = [jnp.finfo(x.dtype).bits for x in (left, right)]
     if widths[0] == widths[1] and left.dtype != right.dtype:  # bfloat16 and float16 of one number differ by rounding
         rounding = float(max(jnp.finfo(x.dtype).eps for x in (left, right)))
@@ -407,7 +449,7 @@ def _distance(leaf: Any, other: Any) -> float | None:
 
 def _on_this_host(x: Any) -> np.ndarray | None:
     """Return what an array holds; None of what is traced, abstract, deleted, or spread over processes."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray):
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray) or _is_key(x):
         return None
     if isinstance(x, jax.Array) and (x.is_deleted() or not (x.is_fully_addressable or x.is_fully_replicated)):
         return None

@@ -270,11 +270,22 @@ def _check_like(path: Path, record: dict[str, Any], like: PyTree, expected: list
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
             f"like: differs from the state in {path}: {'; '.join(wrong[:5])}{more}; build it as when the state was "
-            "saved, e.g. by jax.eval_shape of the same call"
+            f"saved, e.g. by jax.eval_shape of the same call{_vouched(record, like)}"
         )
     for name, leaf in expected:
         if hasattr(leaf, "dtype") and saved[name]["kind"] == "jax" and trees.is_float64_lost(leaf):
             raise ValueError(f"like: leaf '{name}' is float64 but 64-bit mode is off; run under jax.enable_x64(True)")
+
+
+def _vouched(record: dict[str, Any], like: PyTree) -> str:
+    """Say what to do about a loss that was found to be convex where it had values, as it has not in `like`."""
+    convex = any("GGN(" in line and "convex=True" in line for line in record["structure"])
+    if not convex or not any("GGN(" in line and "convex=False" in line for line in _structure(like)):
+        return ""
+    return (
+        ", but with GGN(...).assume_psd() in it: that the loss is convex in the output was found out from its values, "
+        "of which an abstract like has none"
+    )
 
 
 def _fits(saved: dict[str, Any], wanted: Any) -> bool:

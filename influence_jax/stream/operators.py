@@ -24,7 +24,7 @@ from ..curvature.exact import GGN, OverData
 from ..curvature.loops import refuse_tracing
 from ..curvature.losses import check_classes, unsound
 from ..curvature.parts import examples_from
-from ..objective import LossOnly, Objective, as_objective
+from ..objective import LossOnly, Objective, as_objective, constants_of
 from .loaders import Blocks, paced
 
 Curvature = Callable[[Any, PyTree, PyTree], LinearOperator]
@@ -85,6 +85,10 @@ class Streamed(LinearOperator):
     @property
     def fitted_at(self) -> tuple[PyTree, ...]:
         return (self.space,)
+
+    @property
+    def fitted_with(self) -> tuple[PyTree, ...]:
+        return constants_of(self.objective)
 
     def mv(self, v: PyTree) -> PyTree:
         tree.check_vector(v, self.space, "v")
