@@ -67,6 +67,8 @@ def check_class_numbers(
     if suspects:
         counted = np.ones(tree.count(batch), bool) if counted is None else counted
         params = params if point is None else point()
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+            return  # made within a program that is being traced
         _judge(objective, params, batch, suspects, counted, start, name, chunk or plan.chunk)
 
 
