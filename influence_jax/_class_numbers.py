@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from . import _reprs, tree
+from ._crossed import Crossed, crossed
 from ._jaxpr_compat import largest
 from ._lookups import Marked, Reader, Site, is_read_in_vain, sites_of
 from ._mesh import compiled
@@ -27,6 +28,8 @@ from ._typing import Array, PyTree
 from ._words import levels_inside, name_of
 from .batching import chunk_for, map_chunks, map_over, readable_in_place
 from .objective import LossOnly, Objective
+
+SURE = 8  # bits
 
 
 def check_class_numbers(
@@ -63,6 +66,10 @@ def check_class_numbers(
     plan = _plan(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if plan.doubtful is not None:
         _tell_doubtful(objective, plan.doubtful, leaves[plan.leaves[plan.doubtful.part]], counted, name)
+    if plan.crossed is not None:
+        _tell_crossed(objective, plan.crossed, name)
+    for site in plan.sites:
+        _tell_one_hot(objective, site, leaves, plan, counted, name)
     suspects = plan.suspects(leaves)
     if suspects:
         counted = np.ones(tree.count(batch), bool) if counted is None else counted
@@ -78,6 +85,7 @@ class _Plan(NamedTuple):
     Attributes:
       sites: What the loss reads at numbers of the example.
       doubtful: What may be a label that it broadcasts.
+      crossed: What it broadcasts to a square with the output.
       leaves: The place of each part of an example among all leaves.
       ranges: Leaves, from which number to which, that say that all of `sites` are in range; None if they cannot.
       chunk: Examples at once, by what the loss computes of one.
@@ -85,6 +93,7 @@ class _Plan(NamedTuple):
 
     sites: tuple[Site, ...] = ()
     doubtful: Broadcast | None = None
+    crossed: Crossed | None = None
     leaves: Mapping[str, int] = {}
     ranges: tuple[tuple[int, float, float], ...] | None = ()
     chunk: int = 1
@@ -111,9 +120,10 @@ def _plan(structure: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> _P
     if program is None:
         return _Plan()
     jaxpr, returned = program
-    doubtful = broadcast(losses.fn, arguments[1], example, bare=True) if alone else None
+    doubtful, square = broadcast(losses.fn, arguments[1], example, bare=True) if alone else None, None
     if isinstance(losses, Objective):
         doubtful = broadcast(losses.loss, returned[1], example)
+        square = crossed(losses.loss, returned[1], example)
     met = sites_of(jaxpr, _marked(losses, arguments[1], example, empty=True))
     sites = tuple(dict.fromkeys(site for site, _ in met))
     names = [name for name, _ in tree.named_leaves(example)]
@@ -121,7 +131,7 @@ def _plan(structure: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> _P
     low = {"lookup": 0, "switch": 0, "write": 0, "one_hot": -np.inf, "scatter": -np.inf}
     ranges = dict.fromkeys((places[part], low[site.kind], site.size - 1) for site in sites for part in site.parts)
     known = tuple(ranges) if all(site.direct for site in sites) else None
-    return _Plan(sites, doubtful, places, known, chunk_for(largest(jaxpr)))
+    return _Plan(sites, doubtful, square, places, known, chunk_for(largest(jaxpr)))
 
 
 def _loss_and_output(objective: Objective | LossOnly, params: PyTree, example: PyTree) -> tuple[Array, PyTree]:
@@ -307,6 +317,49 @@ def _tell_doubtful(
         "of the output, nothing is wrong",
         jax.tree.structure(objective),
         found,
+    )
+
+
+def _tell_crossed(objective: Objective | LossOnly, found: Crossed, name: str) -> None:
+    """Warn of a part and an output that are broadcast to a square."""
+    length = found.shape[0]
+    _warn(
+        f"{name}: {_name(objective)} broadcasts part '{found.part}' of the example, {found.shape}, with the output "
+        f"{found.output} to ({length}, {length}), every entry of one with every entry of the other; bring them to one "
+        "shape, by jnp.squeeze or reshape; if all pairs are meant, nothing is wrong",
+        jax.tree.structure(objective),
+        found,
+    )
+
+
+def _tell_one_hot(
+    objective: Objective | LossOnly,
+    site: Site,
+    leaves: Sequence[Any],
+    plan: _Plan,
+    counted: Array | np.ndarray | None,
+    name: str,
+) -> None:
+    """Warn if the numbers read at a site are rows of zeros with a single one, more of them than by chance."""
+    if not site.direct or len(site.parts) != 1 or site.kind == "scatter":
+        return
+    part = leaves[plan.leaves[site.parts[0]]]
+    here = not isinstance(part, jax.Array) or readable_in_place(part)
+    if part.ndim < 2 or part.shape[-1] != site.size or part.dtype == bool or not here:
+        return
+    values = np.asarray(part)
+    values = values if counted is None else values[np.asarray(counted)]
+    rows = values.reshape(-1, site.size)
+    chance = len(rows) * (site.size - np.log2(site.size))  # bits that rows of 0 and 1 would have to agree in
+    if chance < SURE or not (((rows == 0) | (rows == 1)).all() and (rows.sum(axis=1) == 1).all()):
+        return
+    _warn(
+        f"{name}: {_name(objective)} takes part '{site.parts[0]}' of the example, {part.dtype}"
+        f"{list(part.shape[1:])}, for class numbers 0 to {site.size - 1}, but all its rows are one-hot; give it "
+        "y.argmax(-1), or multiply by the rows instead of reading at them; if they are numbers, nothing is wrong",
+        jax.tree.structure(objective),
+        site,
+        "one-hot rows",
     )
 
 

@@ -223,6 +223,53 @@ def test_other_fixed_places_are_meant():
     assert np.isfinite(influences(ij.Objective(outer, loss), {"x": X, "y": Y})).all()
 
 
+HOT = np.eye(C, dtype=int)[Y]
+ROWS = {
+    "index": lambda o, z: -jnp.sum(SOFT(o)[z["y"]]),
+    "mean": lambda o, z: -jnp.mean(jnp.take(SOFT(o), z["y"], mode="clip")),
+    "float": lambda o, z: -jnp.sum(SOFT(o)[z["y"].astype(int)]),
+    "one hot": lambda o, z: jnp.sum(optax.softmax_cross_entropy(o, jax.nn.one_hot(z["y"], C))),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_hot_rows_taken_for_class_numbers(name):
+    labels = HOT.astype(float) if name == "float" else HOT
+    with pytest.warns(UserWarning, match=r"query: .* takes part 'y' .* for class numbers 0 to 3, .*argmax"):
+        influences(ij.Objective(outer, lambda o, z: ROWS[name](o, z)), {"x": X, "y": labels})
+    quiet = ij.Objective(outer, lambda o, z: ROWS[name](o, z))
+    for numbers in (np.roll(labels, 1, 1) + labels, np.where(np.arange(N)[:, None] == 2, 1, labels)):
+        influences(quiet, {"x": X, "y": numbers})
+    influences(ij.Objective(outer, lambda o, z: -jnp.sum(SOFT(o) * z["y"])), {"x": X, "y": labels})
+
+
+COLUMNS = {
+    "squares": lambda o, z: jnp.mean((o - z["y"]) ** 2),
+    "Huber": lambda o, z: jnp.sum(optax.huber_loss(o, 2.0 * z["y"])),
+    "binary": lambda o, z: jnp.mean(optax.sigmoid_binary_cross_entropy(o, z["y"])),
+    "jitted": jax.jit(lambda o, z: jnp.mean(jnp.square(z["y"] - jnp.tanh(o)))),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_and_a_row_that_make_a_square(name):
+    column = lambda p, z: outer(p, z)[:, None]
+    fresh = lambda predict: ij.Objective(predict, lambda o, z: COLUMNS[name](o, z))
+    row = HOT if name == "binary" else HOT * 0.5
+    for predict, labels in ((column, row), (outer, row[..., None])):
+        with pytest.warns(UserWarning, match=r"broadcasts part 'y' .* with the output .* to \(4, 4\).*squeeze"):
+            influences(fresh(predict), {"x": X, "y": labels})
+    for predict, labels in ((column, row[..., None]), (outer, row)):
+        influences(fresh(predict), {"x": X, "y": labels})
+
+
+def test_pairs_of_outputs_are_meant():
+    pairs = lambda o: (o - o.T) if o.ndim == 2 else o[:, None] - o[None]
+    loss = lambda o, z: jnp.sum(jax.nn.softplus(-pairs(o) * jnp.sign(z["y"][:, None] - z["y"][None])))
+    for predict in (outer, lambda p, z: outer(p, z)[:, None]):
+        influences(ij.Objective(predict, loss), {"x": X, "y": HOT * 0.5})
+
+
 def test_who_reads_is_named():
     """A lookup of a model is not the loss's."""
     predict = lambda p, z: p["table"][z["t"]].mean(0)
