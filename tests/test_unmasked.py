@@ -146,6 +146,23 @@ def test_the_first_place_is_right():
     assert not told(lambda: ij.ekfac(objective, PARAMS, data, mask=lambda z: z["mask"] >= 0))  # meant to count
 
 
+@pytest.mark.parametrize("name", ["a sum over tokens", "ignored labels"])
+def test_a_mask_that_keeps_what_the_loss_masks_is_told(name):
+    """Here one position more in each example; of a fit that is streamed likewise, and not where named layers are."""
+    objective = ij.Objective(*MASKED[name])
+    wide = lambda z: jnp.roll(z["mask"], 1).at[0].set(1.0)
+    fits = (
+        lambda mask: ij.kfac(objective, PARAMS, DATA, labels="empirical", mask=mask),
+        lambda mask: ij.stream.kfac(objective, PARAMS, [DATA], labels="empirical", mask=mask, progress=False),
+    )
+    for fit in fits:
+        (message,) = told(lambda fit=fit: fit(wide))
+        assert "mask: it keeps positions of" in message
+        assert "first position 3 of example 1" in message
+        assert not told(lambda fit=fit: fit(mask))
+    assert not told(lambda: fits[0]({"head": wide}))
+
+
 def test_layers_that_padding_leaks_through_are_not_named():
     """Keys that are not left out: the mask is for the rest, by name, and as advised it is taken without a word."""
     objective = ij.Objective(leaky_tokens, masked_sum)

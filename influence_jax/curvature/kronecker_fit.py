@@ -61,7 +61,7 @@ class LayerMoments:
       sums: As `capture.moments` gives them.
       leaks: In how many examples the loss depends on positions that a mask leaves out; None if nothing was to be
         looked at.
-      silence: Without a mask, of each use that has positions, what `masks.silence` says of them.
+      silence: Of each use that has positions, what `masks.silence` says of them; not of what a mask names.
     """
 
     layer: Layer = static()
@@ -108,6 +108,13 @@ def heard_at(op: EmpiricalFisher, recipe: Recipe, noise: Array) -> list[list[Arr
     return [[] if layer.of_entries else [of_use(use) for use in factors.uses] for layer, factors, _ in found]
 
 
+def kept_at(op: EmpiricalFisher, recipe: Recipe) -> list[list[Array | None]]:
+    """Tell which positions of each use the mask keeps, `(B, T)`, as `heard_at`; None where there is no such axis."""
+    model = _Captured(op, recipe)
+    kept = counted(model.masks, op.data.example)
+    return [[] if layer.of_entries else of_uses for layer, of_uses in zip(model.layers, kept, strict=True)]
+
+
 def moment_sums(op: EmpiricalFisher, recipe: Recipe) -> list[LayerMoments]:
     """The first pass, undivided."""
     model = _Captured(op, recipe)
@@ -117,8 +124,8 @@ def moment_sums(op: EmpiricalFisher, recipe: Recipe) -> list[LayerMoments]:
             sums = moments(layer, kept(factors, counts), weights, counts)
             named = isinstance(recipe.mask, Named)  # and so taken at its word
             leaks = None if named else disagreeing(factors, counts, weights)
-            looked_at = recipe.mask is None and not layer.of_entries
-            heard = [silence(use, weights) for use in factors.uses] if looked_at else []
+            pairs = [] if named or layer.of_entries else list(zip(factors.uses, counts, strict=True))
+            heard = [silence(use, of_use, weights) for use, of_use in pairs if not recipe.mask or of_use is not None]
             return LayerMoments(layer, sums, leaks, heard)
 
         return [of_layer(*each) for each in model.factors(batch)]

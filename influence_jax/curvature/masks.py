@@ -208,10 +208,10 @@ def sizes(use: Factors) -> Array:
     return tree.promote(jnp.max(jnp.abs(use.outputs), axis=(1, 2, 4)))
 
 
-def silence(use: Factors, weights: Array) -> Array | None:
+def silence(use: Factors, counts: Array | None, weights: Array) -> Array | None:
     """Return at how many examples each position has no gradient, and has one, `(2, T)`; None without such an axis.
 
-    Of examples that have a gradient at some position, up to rounding.
+    Of examples that have a gradient at some position, up to rounding, and of positions that a mask keeps.
     """
     if use.positions == 1:
         return None
@@ -219,7 +219,8 @@ def silence(use: Factors, weights: Array) -> Array | None:
     largest = jnp.max(size, axis=1, keepdims=True)
     heard = size > 100 * jnp.finfo(size.dtype).eps * largest
     counted = ((weights != 0)[:, None] & (largest > 0)).astype(weights.dtype)
-    return jnp.stack([jnp.sum(jnp.where(heard, 0, counted), axis=0), jnp.sum(jnp.where(heard, counted, 0), axis=0)])
+    silent = ~heard if counts is None else ~heard & counts
+    return jnp.stack([jnp.sum(jnp.where(x, counted, 0), axis=0) for x in (silent, heard)])
 
 
 def check_agreement(layers: Sequence[Layer], leaks: Sequence[Array | None]) -> None:

@@ -20,7 +20,8 @@ from ..capture import Layer
 from .convexity import is_at_hand
 from .exact import EmpiricalFisher
 from .fisher import Keyed
-from .kronecker_fit import Recipe, heard_at
+from .kronecker_fit import Recipe, heard_at, kept_at
+from .masks import Mask, positions
 
 # A share of positions that may count without harm.
 FEW = 0.01
@@ -34,7 +35,10 @@ ENOUGH = 32
 def warn_of_padding(
     op: EmpiricalFisher, recipe: Recipe, layers: Sequence[Layer], silence: Sequence[Sequence[Array | None]]
 ) -> None:
-    """Warn, on the host, if a loss masks positions of some layers and no mask was given.
+    """Warn, on the host, if a loss masks positions of some layers that no mask, or one that is too wide, leaves out.
+
+    A mask that keeps all positions of all examples says that padding is to count, and one of named layers is taken at
+    its word.
 
     The same position in all examples is the model's design, as the last one of a next-token loss: what differs from
     example to example is a mask.  Where the pass over the data has met such positions, a few examples are looked at
@@ -46,17 +50,25 @@ def warn_of_padding(
       layers: The layers.
       silence: Of each use of each of them, what `masks.silence` says.
     """
-    if recipe.mask is not None or not is_at_hand((op, silence)) or not any(map(_differs, silence)):
+    if not is_at_hand((op, silence)) or not any(map(_differs, silence)):
+        return
+    if callable(recipe.mask) and _keeps_all(op, recipe.mask):
         return
     counted = np.arange(op.count) if op.weights is None else np.flatnonzero(np.asarray(op.weights))
     places = counted[np.unique(np.linspace(0, len(counted) - 1, LOOKED_AT).astype(int))]
     with jax.ensure_compile_time_eval():
         examples = take(op.data.example, places.astype(np.int32))
-        masked = _masked(EmpiricalFisher(op.objective, op.params, Keyed(examples, None)), recipe)  # type: ignore[arg-type]
+        few = EmpiricalFisher(op.objective, op.params, Keyed(examples, None))  # type: ignore[arg-type]
+        masked = _masked(few, recipe)
+        if recipe.mask is not None:
+            masked = [
+                [x & y for x, y in zip(*uses, strict=True)] for uses in zip(masked, _kept(few, recipe), strict=True)
+            ]
     found = {layer.kernel: pairs for layer, uses in zip(layers, masked, strict=True) for pairs in uses if pairs.any()}
     if found:
         lengths = {layer.kernel: x.shape[1] for layer, uses in zip(layers, masked, strict=True) for x in uses}
-        warnings.warn(_message(found, lengths, places), stacklevel=levels_inside())
+        message = _message if recipe.mask is None else _too_wide
+        warnings.warn(message(found, lengths, places), stacklevel=levels_inside())
 
 
 def _differs(uses: Sequence[Array | None]) -> bool:
@@ -84,6 +96,23 @@ def _masked(few: EmpiricalFisher, recipe: Recipe) -> list[list[np.ndarray]]:
     return [[np.zeros_like(x) for x in uses] for uses in heard]
 
 
+def _keeps_all(op: EmpiricalFisher, mask: Mask) -> bool:
+    """Tell whether a mask without names leaves nothing out, in any example."""
+    counts = jax.vmap(partial(positions, mask))
+    with jax.ensure_compile_time_eval():
+        return bool(np.all(np.asarray(counts(op.data.example))))
+
+
+def _kept(few: EmpiricalFisher, recipe: Recipe) -> list[list[np.ndarray]]:
+    """Return the positions that the mask keeps, for each use that `_masked` tells of; all of others none."""
+    heard = _heard(few, recipe, jnp.float32(0))
+    both = zip(heard, kept_at(few, recipe), strict=True)
+    none = lambda x: np.zeros(x.shape, bool)
+    return [
+        [none(x) if y is None else np.asarray(y) for x, y in zip(*uses, strict=True) if x is not None] for uses in both
+    ]
+
+
 def _noisy(params: PyTree, seed: int) -> tuple[PyTree, Array]:
     """Return other parameters of the same size, leaf by leaf, and a number that starts noise; by NumPy, uncompiled."""
     random = np.random.default_rng(seed)
@@ -99,6 +128,18 @@ def _noisy(params: PyTree, seed: int) -> tuple[PyTree, Array]:
 @partial(compiled, static_argnames="recipe")
 def _heard(op: EmpiricalFisher, recipe: Recipe, noise: Array) -> list[list[Array | None]]:
     return heard_at(op, recipe, noise)
+
+
+def _too_wide(found: dict[str, np.ndarray], lengths: dict[str, int], places: np.ndarray) -> str:
+    """Say where the mask keeps positions that the loss leaves out."""
+    first = next(iter(found.values()))
+    row, position = np.argwhere(first)[0]
+    return (
+        f"mask: it keeps positions of {_reprs.some([repr(name) for name in found])} that the loss masks, first "
+        f"position {position} of example {places[row]}: it has no gradient there, and has one there in other examples. "
+        "It counts in the averages of this curvature like data; let the mask be that of the loss, e.g. without the "
+        "last token of each example, which has no next one (all true says that padding is to count)"
+    )
 
 
 def _message(found: dict[str, np.ndarray], lengths: dict[str, int], places: np.ndarray) -> str:
