@@ -528,7 +528,7 @@ def map_rows(fn: Callable[[PyTree], PyTree], stack: PyTree, rhs_chunk: int | Non
     again = chunks * length - rows
 
     def join(x: Array) -> Array:
-        whole = x.reshape(-1, *x.shape[2:])
+        whole = x.reshape(chunks * length, *x.shape[2:])
         last = whole.shape[0] - length
         return jnp.concatenate([whole[:last], whole[last + again :]]) if again else whole
 

@@ -110,13 +110,19 @@ def _(op: Identity) -> Array:
 
 @lower_bound.register
 def _(op: Sum) -> Array:
-    return jnp.sum(jnp.stack([lower_bound(term) for term in op.terms]))
+    return _at_least(op, jnp.sum(jnp.stack([lower_bound(term) for term in op.terms])))
 
 
 @lower_bound.register
 def _(op: Scaled) -> Array:
     lowest = lower_bound(op.op)
-    return jnp.where(op.factor > 0, tree.scale(op.factor, lowest), jnp.where(op.factor == 0, 0.0, -jnp.inf))
+    scaled = jnp.where(op.factor > 0, tree.scale(op.factor, lowest), jnp.where(op.factor == 0, 0.0, -jnp.inf))
+    return _at_least(op, scaled)
+
+
+def _at_least(op: LinearOperator, lowest: Array) -> Array:
+    """Return a lower bound, or zero where the operator is known to have none below."""
+    return jnp.maximum(lowest, 0) if op.psd else lowest
 
 
 @lower_bound.register

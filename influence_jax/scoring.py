@@ -137,6 +137,10 @@ def squares_in_basis(
     found = {part.layer.kernel: part for part in fitted}
     if {layer.kernel: form(layer) for layer in layers} != {name: form(part.layer) for name, part in found.items()}:
         return None
+    turned = lambda part: (part.q_in is not None, part.q_out is not None)
+    sides = [side for la in layers for side in zip(la.own_basis, turned(found[la.kernel]), strict=True)]
+    if (True, True) in sides:
+        return None  # here rows are looked up, whose numbers cannot be rotated
 
     def one_chunk(part: PyTree) -> Array:
         held = layer_factors(plan, layers, wide, part, lambda loss, _: jnp.ones(1, loss.dtype), lambda loss, _: loss)

@@ -381,7 +381,8 @@ def norms(stack: PyTree) -> Array:
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), axis=1, initial=0).astype(rows[0].dtype) for x in rows]), axis=0)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     scaled = [x / _per_row(unit, x) for x in rows]
-    return unit * jnp.sqrt(dots(scaled, scaled))
+    relative = jnp.sqrt(dots(scaled, scaled))
+    return unit.astype(relative.dtype) * relative
 
 
 def gram(a: PyTree, b: PyTree) -> Array:

@@ -164,6 +164,95 @@ def test_derivatives_in_a_damping_for_each_block(form):
         assert relative_error(jax.tree.leaves(grads[name]), jax.tree.leaves(expected)) < 1e-8
 
 
+@pytest.mark.parametrize("solver", mainly([ij.Direct, ij.Eigh, ij.CG, ij.BlockCG, ij.SampleSpace], ij.Direct, ij.CG))
+def test_derivatives_in_the_damping_of_one_block(solver):
+    """The others' right-hand sides are known to be zero, which is no reason to stop."""
+    v = jax.tree.map(lambda x: x[0], V)
+    fn = lambda x: ij.tree.dot(v, ij.invert(EMPIRICAL, solver({"layer0": x, "layer1": 0.05})).mv(v))
+    difference = (fn(0.3 + 1e-3) - fn(0.3 - 1e-3)) / 2e-3
+    assert relative_error(jax.grad(fn)(0.3), difference) < 1e-3
+
+
+class TestBlockwise:
+    """A tree of the whole is shared out; what is for a block is the block's."""
+
+    def dense(self, of_leaf):
+        parts = []
+        for name in ("layer0", "layer1"):
+            block = np.asarray(ij.to_dense(ij.restrict(EMPIRICAL, (f"{name}/bias", f"{name}/kernel"))))
+            ones = {leaf: np.full(PARAMS[name][leaf].shape, of_leaf[name][leaf]) for leaf in ("bias", "kernel")}
+            rhs = flat(V[name], PARAMS[name])
+            parts.append(np.linalg.solve(block + np.diag(flat(ones, PARAMS[name])), rhs.T).T)
+        return np.concatenate(parts, axis=1)
+
+    @pytest.mark.parametrize("solver", mainly([ij.Direct, ij.BlockCG], ij.BlockCG))
+    def test_takes_every_form(self, solver):
+        for asked, of_leaf in FORMS.values():
+            inverse = ij.invert(EMPIRICAL, ij.Blockwise(solver(asked)))
+            assert relative_error(flat(inverse.mm(V), PARAMS), self.dense(of_leaf)) < 1e-4
+            moved = ij.invert(EMPIRICAL, ij.Blockwise(solver(1.0))).with_damping(asked)
+            assert relative_error(flat(moved.mm(V), PARAMS), self.dense(of_leaf)) < 1e-4
+
+    def test_names_that_collide(self):
+        op = ij.Identity({"l1": {"b": jnp.ones(1), "w": jnp.ones(2)}, "l2": jnp.ones(3)})
+        solvers = {"g": ij.CG({"l1/w": 1.0, "l1/b": 2.0}), "g/l1/w": ij.CG(9.0)}
+        with pytest.raises(ValueError, match="'g/l1/w' is both a block and a part of another"):
+            ij.invert(op, ij.Blockwise(solvers, blocks={"g": ["l1"], "g/l1/w": ["l2"]}))
+
+    def test_a_part_across_blocks(self):
+        with pytest.raises(ValueError, match="one for each part of the parameters within a block"):
+            ij.invert(EMPIRICAL, ij.Blockwise(ij.CG({"layer0": 0.1, "layer1": 0.1}), ij.by_parameter))
+
+
+def test_leaves_without_entries():
+    """They take no part, in stacks of any length, and have no mean."""
+    loss = lambda p, z: (z["x"] @ p["a"] + jnp.sum(p["e"]) - z["y"]) ** 2
+    rng = np.random.default_rng(0)
+    data, params = {"x": rng.normal(size=(6, 3)), "y": rng.normal(size=6)}, {"a": jnp.ones(3), "e": jnp.zeros((0, 4))}
+    op, scores = ij.EmpiricalFisher(loss, params, data), []
+    for solver in (ij.CG(0.5, rtol=1e-10), ij.SampleSpace(0.5), ij.Nystrom(0.5, rank=3)):
+        influence = ij.Influence(loss, params, ij.invert(op, solver, key=KEY))
+        scores.append(influence.influences(data, data))
+    assert all(relative_error(each, scores[0]) < 1e-8 for each in scores)
+    relative = ij.invert(op, ij.CG({"a": ij.RelativeDamping(0.1), "e": ij.RelativeDamping(0.1)}))
+    assert np.isfinite(list(relative.damping.values.values())).all()
+
+
+@jax.tree_util.register_pytree_node_class
+class Held:
+    """Parameters in a container that does not say when it is equal to another."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def tree_flatten(self):
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _, parts):
+        return cls(*parts)
+
+
+@pytest.mark.parametrize("dtypes", [(jnp.float64, jnp.float64), (jnp.float32, jnp.float64)])
+def test_eigenpairs_of_any_container(dtypes):
+    params = Held(*(jnp.ones(size, dtype) for size, dtype in zip((3, 2), dtypes, strict=True)))
+    for solver in (ij.Arnoldi(0.5, rank=5), ij.Nystrom(0.5, rank=5)):
+        solved = ij.invert(ij.Identity(params), solver, key=KEY).mv(params)
+        assert relative_error(np.concatenate(solved.parts), np.full(5, 1 / 1.5)) < 1e-6
+
+
+def test_a_matrix_that_no_device_holds_is_named():
+    op = ij.Diagonal({"a": jnp.ones(1_500_000), "b": jnp.ones(1_500_000)})
+    with pytest.raises(MemoryError, match="Direct holds a matrix of 3,000,000 x 3,000,000 parameters"):
+        ij.invert(op, ij.Direct({"a": 1.0, "b": 2.0}))
+
+
+def test_bounds_of_an_operator_that_is_vouched_for():
+    hessian = ij.Hessian(OBJECTIVE, PARAMS, DATA).assume_psd()
+    influence = ij.Influence(OBJECTIVE, PARAMS, ij.invert(hessian, ij.CG(2.0)))
+    assert np.isfinite(ij.score_bounds(influence, DATA, DATA)[1]).all()
+
+
 def buffers(tree):
     return {leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes")}
 
@@ -224,8 +313,11 @@ def test_sums_of_the_identity_with_itself():
 
 
 def test_division():
-    with pytest.raises(ValueError, match="divisor: got 0"):
-        GGN / 0
+    for divisor in (0, np.nan, np.inf, np.ones(2), "2"):
+        with pytest.raises(ValueError, match="divisor: got"):
+            GGN / divisor
+    with pytest.raises(ValueError, match="factor: got shape"):
+        np.ones(2) * GGN
     with pytest.raises(TypeError):
         GGN / GGN
     half = jax.tree.map(lambda x: x / 2, GGN.mm(V))

@@ -255,6 +255,17 @@ class TestSelfInfluence:
         other = ij.Objective(lambda p, z: case.objective.predict(twice(p), z), case.objective.loss)
         self.check(case._replace(objective=other), ij.invert(op, ij.Direct(0.1)))
 
+    def test_of_rows_looked_up_in_what_was_fitted_as_a_matrix(self):
+        params, data = {"emb": normal(5, 3)}, ij.Batch(np.array([0, 2, 4, 2, 1]), np.arange(15.0).reshape(5, 3))
+        square_loss = lambda out, z: 0.5 * jnp.sum((out - z.y) ** 2)
+        product = ij.Objective(lambda p, z: jax.nn.one_hot(z.x, 5, dtype=p["emb"].dtype) @ p["emb"], square_loss)
+        lookup = ij.Objective(lambda p, z: p["emb"][z.x], square_loss)
+        inverse = ij.invert(ij.ekfac(product, params, data, labels="empirical"), ij.Direct(0.1))
+        for objective in (product, lookup):
+            influence = ij.Influence(objective, params, inverse)
+            expected = jnp.diag(influence.influences(data, data))
+            assert relative_error(influence.self_influences(data), expected) < 1e-10
+
 
 def inverse_damping(inverse, params):
     """Of every entry, a diagonal matrix."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import singledispatch
+from typing import Any
 
 import jax
 
@@ -53,6 +54,15 @@ class Flat(Wrapper):
     def lifted(self, fn: Callable[[PyTree], PyTree]) -> Callable[[Array], Array]:
         """Return a function of stacks of leaves as one of flat rows."""
         return lambda rows: tree.flatten(fn(tree.unflatten(rows, self.op.space)), self.op.space)
+
+    def lifted_solve(self, solve: Callable[[PyTree], tuple[PyTree, Any]]) -> Callable[[Array], tuple[Array, Any]]:
+        """Return the same of a function that says something beside."""
+
+        def on_rows(rows: Array) -> tuple[Array, Any]:
+            X, beside = solve(tree.unflatten(rows, self.op.space))
+            return tree.flatten(X, self.op.space), beside
+
+        return on_rows
 
     @property
     def parts(self) -> tuple[LinearOperator, ...]:

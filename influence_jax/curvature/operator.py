@@ -231,7 +231,9 @@ class LinearOperator(abc.ABC):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float | Array) -> LinearOperator:
-        return NotImplemented if isinstance(divisor, LinearOperator) else Scaled(self, 1 / _nonzero(divisor))
+        return NotImplemented if isinstance(divisor, LinearOperator) else self * (1 / _nonzero(divisor))
+
+    __array_ufunc__ = None  # so that an array of NumPy leaves multiplying to the operator
 
     def __repr__(self) -> str:
         return _reprs.call(self, _reprs.parameters(self.space))
@@ -243,10 +245,11 @@ def _map_mv(op: LinearOperator, V: PyTree) -> PyTree:
 
 
 def _nonzero(divisor: Any) -> Any:
-    """Return a divisor, unless it is known to be zero."""
-    known = _reprs.numbers(divisor)
-    if known is not None and known.size == 1 and known == 0:
-        raise ValueError(f"divisor: got {divisor!r}, expected a number other than zero")
+    """Return a divisor, unless it is no number or known to be zero."""
+    known = _reprs.numbers(divisor) if isinstance(divisor, int | float | np.ndarray | np.generic | jax.Array) else None
+    is_traced = isinstance(divisor, jax.core.Tracer) and divisor.shape == ()
+    if not is_traced and (known is None or known.shape != () or known == 0 or not np.isfinite(known)):
+        raise ValueError(f"divisor: got {divisor!r}, expected a finite number other than zero")
     return divisor
 
 

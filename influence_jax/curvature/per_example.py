@@ -157,7 +157,7 @@ def root_factors(op: OverData, batch: PyTree) -> PyTree:
         return spoilt(_jacobian(_root_rows(losses, params, example), params), losses.loss(params, example))
 
     factors = each(one, batch, without_data(op), tree.promote(op.params))
-    return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), factors)
+    return jax.tree.map(lambda x: x.reshape((x.shape[0] * x.shape[1], *x.shape[2:])), factors)
 
 
 @compiled

@@ -29,7 +29,7 @@ class Basis(NamedTuple):
     Attributes:
       vectors: $Q$, orthonormal stack, leaves `(m, *leaf)`.
       matrix: $T = Q A Q^\top$, `(m, m)`, tridiagonal to rounding.
-      lengths: Of the rest r after each step, `(m,)`; zero where the space is exhausted.
+      lengths: Of the rest r after each step, `(m,)`; rounding where the space is exhausted.
     """
 
     vectors: PyTree
@@ -111,8 +111,9 @@ def _extended(index: Array, it: _Step, product: PyTree, start: PyTree, last: int
     that: of entries x the numbers cos 4kx, which are as independent as random ones.
     """
     basis = jax.tree.map(lambda rows, row: rows.at[index].set(row), it.basis, it.q)
-    scale, dtype, size = jnp.maximum(it.scale, _length(product)), it.matrix.dtype, tree.size(product)
-    noise = 10 * jnp.finfo(dtype).eps * jnp.sqrt(jnp.asarray(size, dtype)) * scale
+    scale, dtype = jnp.maximum(it.scale, _length(product)), it.matrix.dtype
+    # Every row of the basis that is taken off leaves rounding of its own.
+    noise = 10 * jnp.finfo(dtype).eps * len(it.matrix) ** 0.5 * scale
 
     def once(now: _Pass) -> _Pass:
         products = tree.gram(basis, tree.stack_of_one(now.vector))[:, 0]
@@ -123,7 +124,7 @@ def _extended(index: Array, it: _Step, product: PyTree, start: PyTree, last: int
         return _Pass(
             vector=jax.tree.map(lambda x, y: jnp.where(again, x, y), other, rest),
             products=jnp.where(now.count == 0, products, now.products),
-            length=jnp.where(second, jnp.where(length <= noise, 0, length), now.length),
+            length=jnp.where(second, length, now.length),
             count=now.count + 1,
             last=jnp.where(again, 4, now.last),
         )

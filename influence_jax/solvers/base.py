@@ -28,6 +28,7 @@ from ..curvature.loops import refuse_tracing
 from ..curvature.operator import Scaled, Sum, Wrapper
 from .damping import (
     Asked,
+    BlockDamping,
     Damping,
     asked_by_block,
     check_damping,
@@ -159,11 +160,10 @@ def implicit_solve(
     Derivatives in damping, parameters, weights and V are one more solve; nothing inside `solve` is differentiated.
     An operator that reads data from outside has no derivatives.
     """
-    if op.on_host:
-        return solve(tree.promote(V))
-    return lax.custom_linear_solve(
-        lambda X: damped_product(op, damping, X), tree.promote(V), lambda _, B: solve(B), symmetric=True, has_aux=True
-    )
+    V = tree.promote(V)
+    if isinstance(damping, BlockDamping) and not op.on_host and can_be_flat(op, V):
+        return _on_flat_vectors(op, damping, V, Flat(op).lifted_solve(solve))
+    return _with_derivatives(op, damping, V, solve)
 
 
 def iterate(
@@ -176,15 +176,32 @@ def iterate(
 
     Algebra on one array instead of every leaf is half of what a recurrence compiles for.
     """
-    fixed, fixed_damping = lax.stop_gradient((op, damping))
+    V, (fixed, at) = tree.promote(V), lax.stop_gradient((op, damping))
+    if not can_be_flat(op, V):
+        return _with_derivatives(op, damping, V, lambda B: solve(fixed, at, B))
+    return _on_flat_vectors(op, damping, V, lambda B: solve(Flat(fixed), flat_damping(at, op.space), B))
 
-    def on_vectors(B: PyTree) -> tuple[PyTree, Info]:
-        if not can_be_flat(op, B):
-            return solve(fixed, fixed_damping, B)
-        X, info = solve(Flat(fixed), flat_damping(fixed_damping, op.space), tree.flatten(B, op.space))
-        return tree.cast_like(tree.unflatten(X, op.space), B), info
 
-    return implicit_solve(op, damping, V, on_vectors)
+def _on_flat_vectors(
+    op: LinearOperator, damping: Damping, V: PyTree, solve: Callable[[Array], tuple[Array, Info]]
+) -> tuple[PyTree, Info]:
+    """Solve for flat vectors.
+
+    The derivative in the damping of one block is a right-hand side that is zero in the leaves of all others, and known
+    to be: what JAX makes of a linear solve has no transpose for such leaves, but for one array it has.
+    """
+    rows = tree.flatten(V, op.space)
+    X, info = _with_derivatives(Flat(op), flat_damping(damping, op.space), rows, solve)
+    return tree.cast_like(tree.unflatten(X, op.space), V), info
+
+
+def _with_derivatives(
+    op: LinearOperator, damping: Damping, V: PyTree, solve: Callable[[PyTree], tuple[PyTree, Info]]
+) -> tuple[PyTree, Info]:
+    if op.on_host:
+        return solve(V)
+    product = lambda X: damped_product(op, damping, X)
+    return lax.custom_linear_solve(product, V, lambda _, B: solve(B), symmetric=True, has_aux=True)
 
 
 def measured(op: LinearOperator, damping: Damping, X: PyTree, V: PyTree, lowest: Array | None = None) -> Info:

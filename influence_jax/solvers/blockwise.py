@@ -16,7 +16,7 @@ from .._words import name_of
 from ..blocks import Block, as_blocks, by_layer, join, partition, select
 from ..curvature import LinearOperator, restrict
 from .base import Inverse, Solver, check_solver
-from .damping import Asked, Damping, of_leaves
+from .damping import Asked, Damping, RelativeDamping, asked_by_block, of_leaves
 from .info import Info, lowest_known
 
 
@@ -80,15 +80,26 @@ class Blockwise(Solver):
         for name, block in groups.items():
             if not any(leaf.size for leaf in select(op.space, block).values()):
                 raise ValueError(f"blocks: block '{name}' has no entries {block}; put its leaves into another block")
-        solvers = self.solver if isinstance(self.solver, Mapping) else dict.fromkeys(groups, self.solver)
-        return OrderedDict((name, _Part(block, restrict(op, block), solvers[name])) for name, block in groups.items())
+        parts = OrderedDict((name, restrict(op, block)) for name, block in groups.items())
+        if isinstance(self.solver, Mapping):
+            solvers: Mapping[str, Solver] = self.solver
+        else:
+            solvers = dict.fromkeys(groups, self.solver)
+            damping = getattr(self.solver, "damping", 0.0)
+            if isinstance(damping, Mapping):  # of the whole, whose blocks each have a share of it
+                each = _spread(damping, op, groups)
+                solvers = {name: self.solver.damped_by(each[name], part) for name, part in parts.items()}
+        return OrderedDict((name, _Part(block, parts[name], solvers[name])) for name, block in groups.items())
 
     def asked(self, op: LinearOperator) -> OrderedDict[str, Asked]:
         found: OrderedDict[str, Asked] = OrderedDict()
         for name, part in self._parts(op).items():
             inner = part.solver.asked(part.op)
             for own, asked in inner.items():
-                found[name if len(inner) == 1 else f"{name}/{own}"] = asked
+                block = name if len(inner) == 1 else f"{name}/{own}"
+                if block in found:
+                    raise ValueError(f"blocks: '{block}' is both a block and a part of another; give it another name")
+                found[block] = asked
         return found
 
     def fit(self, op: LinearOperator, damping: Damping, *, key: Key | None = None) -> OrderedDict[str, PyTree]:
@@ -134,9 +145,7 @@ class Blockwise(Solver):
 
     def damped_by(self, damping: Any, op: LinearOperator) -> Blockwise:
         parts = self._parts(op)
-        if isinstance(damping, Mapping) and set(damping) != set(parts):
-            raise ValueError(f"damping: got one for each of {list(damping)}, expected a number, or {list(parts)}")
-        each = damping if isinstance(damping, Mapping) else dict.fromkeys(parts, damping)
+        each = _spread(damping, op, {name: part.block for name, part in parts.items()})
         return Blockwise({n: part.solver.damped_by(each[n], part.op) for n, part in parts.items()}, self.blocks)
 
     def by_block(self, inverse: Inverse) -> OrderedDict[str, Inverse]:
@@ -157,6 +166,30 @@ class _Part(NamedTuple):
     block: Block
     op: LinearOperator
     solver: Solver
+
+
+def _spread(damping: Any, op: LinearOperator, blocks: Mapping[str, Block]) -> Mapping[str, Any]:
+    """Return what of a damping is asked for of each block: given by block, by part of the parameters, or for all."""
+    is_one = lambda x: isinstance(x, RelativeDamping) or jax.tree_util.all_leaves([x])
+    if is_one(damping):
+        return dict.fromkeys(blocks, damping)
+    by_block = isinstance(damping, Mapping) and set(damping) == set(blocks)
+    if by_block and all(map(is_one, damping.values())):
+        return damping
+    try:
+        asked = asked_by_block(damping, op)
+    except ValueError:
+        if by_block:
+            return damping
+        raise
+    within = lambda block: {name: x.damping for name, x in asked.items() if set(x.leaves) <= set(block)}
+    spread = {name: within(block) for name, block in blocks.items()}
+    if sum(map(len, spread.values())) != len(asked):
+        raise ValueError(
+            f"damping: got one for each of {list(asked)}, expected a number, one for each of the blocks "
+            f"{list(blocks)}, or one for each part of the parameters within a block"
+        )
+    return spread
 
 
 def _filled(info: Info, norms: Array) -> Info:

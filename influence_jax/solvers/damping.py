@@ -275,6 +275,8 @@ def resolve(asked: Mapping[str, Asked], op: LinearOperator, key: Key | None) -> 
     relative = any(isinstance(part.damping, RelativeDamping) for part in asked.values())
     blocks = tuple((name, part.leaves) for name, part in asked.items())
     wanted = OrderedDict((name, part.damping) for name, part in asked.items())
+    if relative and not op.at_hand:
+        trace(op, key=key)  # raises, for there are no data to take it of
     run = _relative_dampings if op.on_host else _compiled_relative_dampings
     found, noise = run(wanted, op, key, blocks=blocks) if relative else ({}, {})
     dtype = wide_dtype(op.space)
@@ -307,7 +309,7 @@ def block_dampings(
         return OrderedDict(), OrderedDict()
     found = {name: _known_trace(part, keys[name], name in relative) for name, part in parts.items()}
     traces = {name: total for name, total in found.items() if total is not None}
-    means = {name: total / parts[name].size for name, total in traces.items()}
+    means = {name: total / max(parts[name].size, 1) for name, total in traces.items()}
     whole = jnp.sum(jnp.stack(list(traces.values()))) / sum(parts[name].size for name in traces)
     largest = jnp.max(jnp.stack(list(means.values())))
     dampings: OrderedDict[str, Array] = OrderedDict()

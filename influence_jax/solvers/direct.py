@@ -67,7 +67,8 @@ Fit: TypeAlias = Cholesky | Eigenpairs | tuple[()]
 class Direct(Solver):
     r"""Exact solution of $(A + \lambda I) x = v$.
 
-    Uses the eigendecomposition if the operator has one in closed form; else the dense matrix, by Cholesky if the
+    Uses the eigendecomposition if the operator has one in closed form, and a damping for each of its blocks; else the
+    dense matrix, by Cholesky if the
     operator is known to be positive semi-definite and by `Eigh` if not.  Dense work takes P² memory and P³ time.  A
     solution that rounding may have spoilt, as in a nearly singular system, has `converged=False`.  Differentiable in
     damping, parameters, weights and v.
@@ -177,8 +178,10 @@ def _advice(solver: Solver, info: Info) -> str:
 
 def _holds(solver: Solver, op: LinearOperator) -> str:
     """Say how large the matrix is that an operator without closed form is written out as."""
-    if has_spectral(op):
-        return ""
+    return "" if has_spectral(op) else _matrix_of(solver, op)
+
+
+def _matrix_of(solver: Solver, op: LinearOperator) -> str:
     size, memory = f"{op.size:,}", readable(_dense_bytes(op))
     return (
         f"{type(solver).__name__} holds a matrix of {size} x {size} parameters, {memory}; "
@@ -194,7 +197,7 @@ def _dense_bytes(op: LinearOperator) -> int:
 def _check_dense(solver: Solver, op: LinearOperator) -> None:
     """Raise, before anything is compiled, if no device could hold the matrix."""
     if _dense_bytes(op) > LARGEST_MATRIX:
-        raise OutOfMemory(f"solver: {_holds(solver, op)}".rstrip())
+        raise OutOfMemory(f"solver: {_matrix_of(solver, op)}".rstrip())
 
 
 def is_closed(op: LinearOperator, damping: Damping) -> bool:

@@ -93,7 +93,8 @@ class LowRankSolver(Solver):
 
 def _is_flat(pairs: LowRank, space: PyTree) -> bool:
     """Tell whether eigenpairs are flat vectors, and not trees like the parameters."""
-    return jax.tree.map(jnp.shape, pairs.space) != jax.tree.map(jnp.shape, space)
+    form = lambda tree: (jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)])
+    return form(pairs.space) != form(space)
 
 
 def _solve_alike(pairs: LowRank, damping: Array, V: PyTree, complement: bool) -> tuple[PyTree, Array]:
