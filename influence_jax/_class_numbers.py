@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ._jaxpr_compat import largest
 from ._lookups import Marked, Reader, Site, is_read_in_vain, sites_of
 from ._mesh import compiled
 from ._one_hot import FIX, Broadcast, broadcast
+from ._predicted import drops, ends_in
 from ._traced import described, traced
 from ._typing import Array, PyTree
 from ._words import levels_inside, name_of
@@ -68,6 +69,8 @@ def check_class_numbers(
         _tell_doubtful(objective, plan.doubtful, leaves[plan.leaves[plan.doubtful.part]], counted, name)
     if plan.crossed is not None:
         _tell_crossed(objective, plan.crossed, name)
+    for oddity in plan.odd:
+        _warn(f"{name}: {oddity}", structure, oddity)
     for site in plan.sites:
         _tell_one_hot(objective, site, leaves, plan, counted, name)
     suspects = plan.suspects(leaves)
@@ -89,6 +92,7 @@ class _Plan(NamedTuple):
       leaves: The place of each part of an example among all leaves.
       ranges: Leaves, from which number to which, that say that all of `sites` are in range; None if they cannot.
       chunk: Examples at once, by what the loss computes of one.
+      odd: What is odd in how the model predicts, in words.
     """
 
     sites: tuple[Site, ...] = ()
@@ -97,6 +101,7 @@ class _Plan(NamedTuple):
     leaves: Mapping[str, int] = {}
     ranges: tuple[tuple[int, float, float], ...] | None = ()
     chunk: int = 1
+    odd: tuple[str, ...] = ()
 
     def suspects(self, leaves: Sequence[Any]) -> tuple[Site, ...]:
         """Return the sites at which numbers may be out of range."""
@@ -131,7 +136,23 @@ def _plan(structure: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> _P
     low = {"lookup": 0, "switch": 0, "write": 0, "one_hot": -np.inf, "scatter": -np.inf}
     ranges = dict.fromkeys((places[part], low[site.kind], site.size - 1) for site in sites for part in site.parts)
     known = tuple(ranges) if all(site.direct for site in sites) else None
-    return _Plan(sites, doubtful, square, places, known, chunk_for(largest(jaxpr)))
+    return _Plan(sites, doubtful, square, places, known, chunk_for(largest(jaxpr)), tuple(_odd(losses, jaxpr)))
+
+
+def _odd(losses: Objective | LossOnly, jaxpr: Any) -> Iterator[str]:
+    """Say what is odd in how a model predicts."""
+    applied = getattr(losses.loss, "applies", "") if isinstance(losses, Objective) else ""
+    if applied and ends_in(jaxpr, 1) == applied:
+        yield (
+            f"the model ends in a {applied}, and {name_of(losses.loss)} applies one itself, to logits; leave out that "
+            "of the model, unless it was trained so"
+        )
+    if drops(jaxpr):
+        yield (
+            f"the model or the loss {_name(losses)} drops entries at random by a key of its own, so the same for every "
+            "example; turn dropout off, as train=False or deterministic=True does, unless that choice is part of the "
+            "model"
+        )
 
 
 def _loss_and_output(objective: Objective | LossOnly, params: PyTree, example: PyTree) -> tuple[Array, PyTree]:
@@ -324,9 +345,9 @@ def _tell_crossed(objective: Objective | LossOnly, found: Crossed, name: str) ->
     """Warn of a part and an output that are broadcast to a square."""
     length = found.shape[0]
     _warn(
-        f"{name}: {_name(objective)} broadcasts part '{found.part}' of the example, {found.shape}, with the output "
-        f"{found.output} to ({length}, {length}), every entry of one with every entry of the other; bring them to one "
-        "shape, by jnp.squeeze or reshape; if all pairs are meant, nothing is wrong",
+        f"{name}: {_name(objective)} broadcasts part '{found.part}' of the example, {found.shape}, with the output or "
+        f"what is made of it, {found.output}, to ({length}, {length}), every entry of one with every entry of the "
+        "other; bring them to one shape, by jnp.squeeze or reshape; if all pairs are meant, nothing is wrong",
         jax.tree.structure(objective),
         found,
     )

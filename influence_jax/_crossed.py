@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from ._traced import described, traced
 from ._typing import PyTree
 
 # Of two arrays each, in which broadcasting is no outer product that was written as one.
-PAIRED = ("add", "sub", "mul")
+PAIRED = ("add", "sub", "mul", "select_n")
 
 
 class Crossed(NamedTuple):
@@ -20,7 +21,7 @@ class Crossed(NamedTuple):
     Attributes:
       part: Its name.
       shape: Its shape.
-      output: The shape of the output.
+      output: The shape of the output, or of what the loss has made of it.
     """
 
     part: str
@@ -32,7 +33,7 @@ class _Side(NamedTuple):
     """What a value is made of, entry by entry.
 
     Attributes:
-      source: The part of the example, or `""` of the output; None of numbers alone.
+      source: The part of the example, or `""` of the output, or of what is made of it; None of numbers alone.
       shape: The shape of that.
       spread: The axes along which it is broadcast since.
       known: Whether it is made of that alone, entry by entry.
@@ -47,6 +48,8 @@ class _Side(NamedTuple):
 def crossed(loss: Callable[..., Any], output: PyTree, example: PyTree) -> Crossed | None:
     """Find an output `(C, 1)` and a part `(C,)`, or the other way round, that a loss adds or multiplies to `(C, C)`.
 
+    Losses of positions `(C,)`, made of the output, and a column that masks them are such, too.
+
     Args:
       loss: `loss(output, example)`.
       output: Its first argument; shapes do.
@@ -54,7 +57,8 @@ def crossed(loss: Callable[..., Any], output: PyTree, example: PyTree) -> Crosse
     """
     outputs, parts = tree.named_leaves(output), tree.named_leaves(example)
     shapes = {tuple(x.shape) for _, x in outputs}
-    if not any(_are_crossed(shape, tuple(x.shape)) for shape in shapes for _, x in parts):
+    columns = any(len(x.shape) == 2 and x.shape[1] == 1 < x.shape[0] for _, x in parts)
+    if not columns and not any(_are_crossed(shape, tuple(x.shape)) for shape in shapes for _, x in parts):
         return None
     descriptions = described(output), described(example)
     program = None if None in descriptions else traced(loss, *descriptions)
@@ -90,16 +94,15 @@ def _search(jaxpr: Any, sides: Sequence[_Side]) -> tuple[list[_Side], Crossed | 
 
 def _met(equation: Any, operands: Sequence[_Side]) -> Crossed | None:
     """Return what an equation broadcasts to a square, one along the rows and the other along the columns."""
-    if equation.primitive.name not in PAIRED or not all(x.known and x.source is not None for x in operands):
+    if equation.primitive.name not in PAIRED:
         return None
     after = equation.outvars[0].aval.shape
-    spread = [
-        x.spread | {i for i, n in enumerate(v.aval.shape) if n < after[i]}
-        for x, v in zip(operands, equation.invars, strict=True)
-    ]
-    across = len(spread[0]) == len(spread[1]) == 1 and spread[0] != spread[1]
-    for output, part in (operands, operands[::-1]):
-        if output.source == "" and part.source and across and _are_crossed(output.shape, part.shape):
+    whole = [(x, v.aval.shape) for x, v in zip(operands, equation.invars, strict=True) if v.aval.ndim == len(after)]
+    spread = [(x, x.spread | {i for i, n in enumerate(shape) if n < after[i]}) for x, shape in whole]
+    for (output, rows), (part, columns) in itertools.permutations(spread, 2):
+        across = len(rows) == len(columns) == 1 and rows != columns
+        known = output.known and part.known and output.source == "" and bool(part.source)
+        if known and across and _are_crossed(output.shape, part.shape):
             return Crossed(str(part.source), part.shape, output.shape)
     return None
 
@@ -109,13 +112,15 @@ def _result(equation: Any, operands: Sequence[_Side]) -> _Side:
     made = {x for x in operands if x.source is not None or not x.known}
     if not made:
         return _Side()
-    side, after = made.pop(), equation.outvars[0].aval.shape
+    after = equation.outvars[0].aval.shape
+    of_output = _Side("", tuple(after)) if any(x.source == "" for x in made) else _Side(known=False)
+    side = made.pop()
     if made or not side.known:
-        return _Side(known=False)
+        return of_output
     if equation.primitive.name == "broadcast_in_dim":
         before, places = equation.invars[0].aval.shape, equation.params["broadcast_dimensions"]
         kept = {place: axis for axis, place in enumerate(places) if before[axis] == after[place]}
         spread = {i for i, n in enumerate(after) if n > 1 and (i not in kept or kept[i] in side.spread)}
         return side._replace(spread=frozenset(spread))
     alike = all(v.aval.shape in (after, ()) for v in equation.invars)
-    return side if alike and equation.primitive.name not in ("cumsum", "cumprod", "sort", "rev") else _Side(known=False)
+    return side if alike and equation.primitive.name not in ("cumsum", "cumprod", "sort", "rev") else of_output

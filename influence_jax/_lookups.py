@@ -244,7 +244,7 @@ def read(environment: dict[Any, Marked], variable: Any) -> Marked:
 def _numbers(value: Any) -> np.ndarray | None:
     """Return whole numbers or booleans that are known where the program is read; None of anything else."""
     dtype = getattr(value, "dtype", None)
-    if isinstance(value, jax.core.Tracer) or (dtype is not None and dtype.kind not in "iub"):
+    if isinstance(value, jax.core.Tracer) or (dtype is not None and getattr(dtype, "kind", "") not in tuple("iub")):
         return None
     if np.size(value) > MOST_FIXED or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return None

@@ -35,6 +35,7 @@ class Loss:
     """What the losses have in common: where labels are, which count, and how entries are reduced."""
 
     convex: ClassVar[bool] = True
+    applies: ClassVar[str] = ""  # what it does to the output itself
     made_by: ClassVar[str] = "Loss"
 
     label: str | int
@@ -92,6 +93,7 @@ class Loss:
 class CrossEntropy(Loss):
     """Made by `cross_entropy`."""
 
+    applies: ClassVar[str] = "softmax"
     made_by: ClassVar[str] = "cross_entropy"
     ignore: int | None = None
 
@@ -143,6 +145,7 @@ class SquaredError(Loss):
 class BinaryCrossEntropy(Loss):
     """Made by `binary_cross_entropy`."""
 
+    applies: ClassVar[str] = "sigmoid"
     made_by: ClassVar[str] = "binary_cross_entropy"
 
     def __call__(self, output: PyTree, example: PyTree) -> Array:

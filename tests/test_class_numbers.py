@@ -270,6 +270,52 @@ def test_pairs_of_outputs_are_meant():
         influences(ij.Objective(predict, loss), {"x": X, "y": HOT * 0.5})
 
 
+MASKED = {
+    "times": lambda losses, mask: jnp.sum(losses * mask) / jnp.sum(mask),
+    "where": lambda losses, mask: jnp.sum(jnp.where(mask > 0, losses, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_column_that_masks_losses_of_positions(name):
+    """The mask of a loader `(T, 1)`, the losses `(T,)`: every loss with every entry of the mask."""
+    tokens = lambda p, z: jnp.tile(outer(p, z)[None], (3, 1)) * jnp.arange(1.0, 4.0)[:, None]
+    losses = lambda o, z: optax.softmax_cross_entropy_with_integer_labels(o, z["y"])
+    fresh = lambda: ij.Objective(tokens, lambda o, z: MASKED[name](losses(o, z), z["m"]))
+    labels, mask = np.stack([Y] * 3, axis=1), np.tile([1.0, 1.0, 0.0], (N, 1))
+    with pytest.warns(UserWarning, match=r"broadcasts part 'm' of the example, \(3, 1\), .* to \(3, 3\)"):
+        influences(fresh(), {"x": X, "y": labels, "m": mask[..., None]})
+    influences(fresh(), {"x": X, "y": labels, "m": mask})
+
+
+def test_probabilities_where_logits_are_meant():
+    for last, loss, wanted in (
+        (jax.nn.softmax, ij.losses.cross_entropy("y"), "softmax"),
+        (lambda o: jnp.exp(o) / jnp.sum(jnp.exp(o)), ij.losses.cross_entropy("y"), "softmax"),
+        (lambda o: jax.nn.sigmoid(o[0]), ij.losses.binary_cross_entropy("b"), "sigmoid"),
+    ):
+        objective = ij.Objective(lambda p, z, last=last: last(outer(p, z)), loss)
+        with pytest.warns(UserWarning, match=f"the model ends in a {wanted}, and .*cross_entropy.* applies one itself"):
+            influences(objective, {"x": X, "y": Y, "b": Y > 1})
+    for last in (jax.nn.log_softmax, lambda o: jax.nn.softmax(o) * 2.0, jax.nn.sigmoid):
+        predict = lambda p, z, last=last: last(outer(p, z))
+        influences(ij.Objective(predict, ij.losses.cross_entropy("y")), {"x": X, "y": Y})
+
+
+def test_entries_dropped_by_a_key_of_the_model():
+    def dropout(x, key):
+        return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0.0)
+
+    loss, key = ij.losses.cross_entropy("y"), jax.random.key(0)
+    fixed = lambda p, z: dropout(outer(p, z), key)
+    with pytest.warns(UserWarning, match=r"drops entries at random by a key of its own.*train=False"):
+        influences(ij.Objective(fixed, loss), {"x": X, "y": Y})
+    own = lambda p, z: dropout(outer(p, z), z["key"])
+    influences(ij.Objective(own, loss), {"x": X, "y": Y, "key": jax.random.split(key, N)})
+    features = lambda p, z: outer(p, z) + jnp.cos(jax.random.normal(key, (C,))) * z["x"][0]
+    influences(ij.Objective(features, loss), {"x": X, "y": Y})
+
+
 def test_who_reads_is_named():
     """A lookup of a model is not the loss's."""
     predict = lambda p, z: p["table"][z["t"]].mean(0)

@@ -21,7 +21,7 @@ PACKAGE = pathlib.Path(ij.__file__).parent
 # Each layer may import the layers above it and its own siblings listed earlier.
 LAYERS = [
     ["_typing", "_jax_version", "_jaxpr_compat", "_pytree", "_reprs", "_memory", "_mesh"],
-    ["tree", "_words", "_traced", "_one_hot", "_crossed", "_lookups", "_rows"],
+    ["tree", "_words", "_traced", "_one_hot", "_crossed", "_predicted", "_lookups", "_rows"],
     ["batching", "blocks"],
     ["objective", "losses", "_class_numbers", "_sound"],
     ["adapters", "gradients"],
