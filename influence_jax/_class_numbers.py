@@ -141,10 +141,11 @@ def _plan(structure: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> _P
 
 def _odd(losses: Objective | LossOnly, jaxpr: Any) -> Iterator[str]:
     """Say what is odd in how a model predicts."""
-    applied = getattr(losses.loss, "applies", "") if isinstance(losses, Objective) else ""
+    loss = losses.loss if isinstance(losses, Objective) else None
+    applied = getattr(loss, "applies", "")
     if applied and ends_in(jaxpr, 1) == applied:
         yield (
-            f"the model ends in a {applied}, and {name_of(losses.loss)} applies one itself, to logits; leave out that "
+            f"the model ends in a {applied}, and {name_of(loss)} applies one itself, to logits; leave out that "
             "of the model, unless it was trained so"
         )
     if drops(jaxpr):
