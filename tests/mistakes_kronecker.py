@@ -58,7 +58,7 @@ KRONECKER = [
         "exact labels of a loss that is not convex",
         not_convex,
         ValueError,
-        ["not finite", "layer", "convex", "example 0", "empirical"],
+        ["labels='exact'", "layer", "convex", "example 0", "empirical"],
     ),
     ("mask not a function", lambda: kronecker(mask=jnp.ones(3)), TypeError, ["mask", "function", "(T,)"]),
     ("mask that names nothing", lambda: kronecker(mask={}), ValueError, ["mask", "empty", "prefix"]),
