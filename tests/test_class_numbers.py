@@ -270,18 +270,18 @@ def test_pairs_of_outputs_are_meant():
         influences(ij.Objective(predict, loss), {"x": X, "y": HOT * 0.5})
 
 
-MASKED = {
+COLUMN_MASKS = {
     "times": lambda losses, mask: jnp.sum(losses * mask) / jnp.sum(mask),
     "where": lambda losses, mask: jnp.sum(jnp.where(mask > 0, losses, 0.0)),
 }
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", COLUMN_MASKS)
 def test_a_column_that_masks_losses_of_positions(name):
     """The mask of a loader `(T, 1)`, the losses `(T,)`: every loss with every entry of the mask."""
     tokens = lambda p, z: jnp.tile(outer(p, z)[None], (3, 1)) * jnp.arange(1.0, 4.0)[:, None]
     losses = lambda o, z: optax.softmax_cross_entropy_with_integer_labels(o, z["y"])
-    fresh = lambda: ij.Objective(tokens, lambda o, z: MASKED[name](losses(o, z), z["m"]))
+    fresh = lambda: ij.Objective(tokens, lambda o, z: COLUMN_MASKS[name](losses(o, z), z["m"]))
     labels, mask = np.stack([Y] * 3, axis=1), np.tile([1.0, 1.0, 0.0], (N, 1))
     with pytest.warns(UserWarning, match=r"broadcasts part 'm' of the example, \(3, 1\), .* to \(3, 3\)"):
         influences(fresh(), {"x": X, "y": labels, "m": mask[..., None]})
