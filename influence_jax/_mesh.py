@@ -20,12 +20,15 @@ from ._typing import Array, PyTree
 R = TypeVar("R")
 
 
-def compiled(fn: Callable[..., R], *, static_argnames: str | Sequence[str] = ()) -> Callable[..., R]:
+def compiled(
+    fn: Callable[..., R], *, static_argnames: str | Sequence[str] = (), keep_unused: bool = False
+) -> Callable[..., R]:
     """`jax.jit`, for arrays on meshes with `Explicit` axes too.
 
     Args:
       fn: Function of trees of arrays.
       static_argnames: As for `jax.jit`.
+      keep_unused: As for `jax.jit`; what is returned may be laid out on the mesh of an argument that is not used.
 
     Raises:
       ValueError: On a call, if some arrays are on a mesh with `Explicit` axes, and others on one of other axes.
@@ -45,7 +48,7 @@ def compiled(fn: Callable[..., R], *, static_argnames: str | Sequence[str] = ())
             out = fn(*inner_args, **inner_kwargs)
         return _laid_out(out, _known((args, kwargs)), mesh)
 
-    return jax.jit(program, static_argnames=static_argnames)
+    return jax.jit(program, static_argnames=static_argnames, keep_unused=keep_unused)
 
 
 def _explicit_mesh(leaves: Iterable[Array]) -> AbstractMesh | None:

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -582,10 +583,12 @@ def solve_with_info(op: LinearOperator, V: PyTree) -> tuple[PyTree, Info | None]
 
 def fitted(solver: Solver, op: LinearOperator, damping: Damping, key: Key | None) -> PyTree:
     """Return what a solver computes from an operator, by a compiled program if that can be."""
-    return solver.fit(op, damping, key=key) if op.on_host else _fit(solver, op, damping, key=key)
+    if op.on_host or type(solver).fit is Solver.fit:  # which computes nothing
+        return solver.fit(op, damping, key=key)
+    return _fit(solver, op, damping, key=key)
 
 
-@compiled
+@partial(compiled, keep_unused=True)
 def _fit(solver: Solver, op: LinearOperator, damping: Damping, *, key: Key | None) -> PyTree:
     return solver.fit(op, damping, key=key)
 
