@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from operator_problems import COUNT, problem
 
 import influence_jax as ij
+from influence_jax.batching import map_rows
 from influence_jax.curvature import Restricted, Scaled, Sum
 from influence_jax.curvature.capabilities import settled
 
@@ -211,3 +212,13 @@ class TestBilinearForm:
 
 
 _mm = ij.LinearOperator.mm
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 6, 7, 8, 11])
+def test_rows_of_any_number(rows):
+    """A last chunk that ends with the last row has rows of the one before again: each is there once, in order."""
+    stack = {"a": jnp.arange(2.0 * rows).reshape(rows, 2), "e": jnp.zeros((rows, 0))}
+    for chunk in (1, 2, 4, 20):
+        got = map_rows(lambda row: jax.tree.map(lambda x: 3 * x, row), stack, chunk)
+        assert np.array_equal(got["a"], 3 * stack["a"])
+        assert got["e"].shape == (rows, 0)
